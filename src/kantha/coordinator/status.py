@@ -1,0 +1,48 @@
+"""The run at a glance: what `GET /api/v1/status` answers, and what the page, the console and the demo show."""
+
+from pydantic import BaseModel, Field
+
+
+class VolunteerStatus(BaseModel):
+    """One peer that computes, as its own latest report tells."""
+
+    name: str
+    peer_id: str
+    state: str = Field(description="What it is doing, one word or two, for people: training, averaging, …")
+    round: int
+    samples_in_round: int = Field(description="Its samples towards the running round.")
+    samples: int = Field(description="All samples of it that counted in a finished round.")
+    samples_per_second: float
+    loss: float | None = Field(description="Mean training loss of its last round.")
+    device: str
+    seconds_since_seen: float
+
+
+class RoundStatus(BaseModel):
+    """One finished round, added up from the volunteers' reports."""
+
+    round: int = Field(description="The round's number, starting at 1.")
+    samples: int
+    loss: float = Field(description="mlm_loss + sop_loss, the mean over the round's samples.")
+    mlm_loss: float = Field(description="Loss of guessing the masked tokens, nats per token.")
+    sop_loss: float = Field(description="Loss of guessing the sentence order, nats per pair.")
+    volunteers: int
+    finished: float = Field(description="When the first report of it arrived, seconds since 1970.")
+    failed: bool = Field(description="True where a part of the averaging was missing.")
+
+
+class RunStatus(BaseModel):
+    name: str
+    goal: str
+    fingerprint: str
+    address: str = Field(description="The run's link, which volunteers join by.")
+    round: int = Field(description="Finished rounds of the swarm.")
+    target_batch_size: int
+    samples_in_round: int = Field(description="Samples of all volunteers towards the running round.")
+    samples: int = Field(description="Samples in all finished rounds.")
+    samples_per_second: float = Field(description="What the present volunteers compute together.")
+    seconds_to_next_round: float | None
+    failed_rounds: int
+    checkpoint_round: int = Field(description="Round of the newest checkpoint.")
+    volunteers: list[VolunteerStatus] = Field(description="Who is here now, by name.")
+    rounds: list[RoundStatus] = Field(description="All finished rounds, oldest first.")

@@ -1,0 +1,37 @@
+"""The run spec: pydantic models, YAML, presets, fingerprint. Imports no other room."""
+
+from kantha.spec.files import dump_spec, load_spec, parse_spec
+from kantha.spec.models import (
+    DataSpec,
+    FileSource,
+    HuggingFaceSource,
+    ModelSpec,
+    ObjectiveSpec,
+    OptimizerSpec,
+    RunSpec,
+    ScheduleSpec,
+    ShobdoSource,
+    Source,
+    SwarmSpec,
+    TokenizerSpec,
+)
+from kantha.spec.presets import PRESETS
+
+__all__ = [
+    "PRESETS",
+    "DataSpec",
+    "FileSource",
+    "HuggingFaceSource",
+    "ModelSpec",
+    "ObjectiveSpec",
+    "OptimizerSpec",
+    "RunSpec",
+    "ScheduleSpec",
+    "ShobdoSource",
+    "Source",
+    "SwarmSpec",
+    "TokenizerSpec",
+    "dump_spec",
+    "load_spec",
+    "parse_spec",
+]
