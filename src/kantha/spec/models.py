@@ -35,7 +35,7 @@ class ModelSpec(_Part):
                 f"hidden_size {self.hidden_size} is not a multiple of attention_heads {self.attention_heads}"
             )
         if self.layers % self.layer_groups:
-            raise ValueError(f"layers {self.layers} is not a multiple of layer_groups {self.layer_groups}")
+            raise ValueError(f"layers {self.layers} is no multiple of layer_groups {self.layer_groups}")
         return self
 
 
@@ -130,9 +130,7 @@ class SwarmSpec(_Part):
     """How the peers work together."""
 
     target_batch_size: int = Field(4_096, ge=1, description="Examples, from all volunteers, that make one round.")
-    matchmaking_seconds: float = Field(
-        15.0, gt=0, description="How long peers look for each other before they average."
-    )
+    matchmaking_seconds: float = Field(15.0, gt=0, description="How long peers look for each other to average.")
     averaging_timeout: float = Field(120.0, gt=0, description="Seconds after which an averaging is given up.")
     compression: Literal["none", "fp16", "8bit"] = Field("fp16", description="Encoding of tensors on the wire.")
     state_sync_rounds: int = Field(1, ge=1, description="Replicas are reconciled every this many rounds.")
@@ -149,10 +147,8 @@ class RunSpec(_Part):
     """All that the peers of one run agree on."""
 
     name: str = Field(min_length=1, max_length=80, description="The run's name, as people read it.")
-    goal: str = Field("", max_length=400, description="One sentence for the run's page: what will there be in the end?")
-    language: str = Field(
-        "bn", pattern="^[a-z]{2,3}$", description="Language of the text (ISO 639); chooses the normaliser."
-    )
+    goal: str = Field("", max_length=400, description="One sentence for the run's page: what comes of it?")
+    language: str = Field("bn", pattern="^[a-z]{2,3}$", description="ISO 639 code; chooses the normaliser.")
     seed: int = Field(0, ge=0, description="Seed of the initial weights and of every peer's walk through the data.")
     model: ModelSpec = Field(ModelSpec(), description="The network.")
     tokenizer: TokenizerSpec = Field(
