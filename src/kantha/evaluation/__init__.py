@@ -1,0 +1,5 @@
+"""How good is the model? Held-out loss, and what it fills in."""
+
+from kantha.evaluation.heldout import fill_masks, heldout_loss
+
+__all__ = ["fill_masks", "heldout_loss"]

@@ -1,0 +1,6 @@
+"""The network and its optimizer, built from the run spec: ALBERT of `transformers`, LAMB of `pytorch-optimizer`."""
+
+from kantha.model.albert import Losses, build_model, pretraining_losses
+from kantha.model.optim import build_optimizer, build_schedule, parameter_groups
+
+__all__ = ["Losses", "build_model", "build_optimizer", "build_schedule", "parameter_groups", "pretraining_losses"]

@@ -90,7 +90,9 @@ class DataSpec(_Part):
     heldout_share: float = Field(
         0.01, gt=0, lt=0.5, description="Share of the documents kept for measuring, chosen by each document's hash."
     )
-    shuffle_buffer: int = Field(10_000, ge=1, description="Documents a peer holds back to shuffle them.")
+    shuffle_buffer: int = Field(
+        10_000, ge=1, description="Documents of a streamed source that a peer holds back to shuffle them."
+    )
 
 
 class ObjectiveSpec(_Part):

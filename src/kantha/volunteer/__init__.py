@@ -1,0 +1,1 @@
+"""Joining a run: from its link to gradients that count."""

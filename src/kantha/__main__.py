@@ -1,0 +1,3 @@
+from kantha.cli.main import main
+
+main()

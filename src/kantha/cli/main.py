@@ -1,0 +1,165 @@
+"""The `kantha` command. Every subcommand is thin: it reads options, calls one room, prints, and sets the exit code."""
+
+import getpass
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kantha import __version__
+from kantha.errors import KanthaError, SpecError
+from kantha.spec import PRESETS, dump_spec, load_spec
+
+app = typer.Typer(
+    help="Train a language model together, on everybody's spare compute.\n\n"
+    "A volunteer needs one command: kantha join URL. An organizer needs three: kantha init, kantha create, "
+    "kantha serve. "
+    "To see all of it on this machine: kantha demo.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+_console = Console(highlight=False)
+
+
+def _say(line: str) -> None:
+    _console.print(line, markup=False, soft_wrap=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _say(f"kantha {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+def _preset(name: str) -> str:
+    if name not in PRESETS:
+        raise typer.BadParameter(f"{name!r} is none of: {', '.join(PRESETS)}")
+    return name
+
+
+Preset = Annotated[str, typer.Option(help=f"What to start from: {', '.join(PRESETS)}.", callback=_preset)]
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("run.yaml"),
+    preset: Preset = "demo",
+) -> None:
+    """Write a run spec to start from, with a comment on every field."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(dump_spec(PRESETS[preset]))
+    except FileExistsError:
+        raise SpecError(str(path), ["exists already; give another name, or delete it first"]) from None
+    except OSError as error:
+        raise SpecError(str(path), [f"cannot be written ({error.strerror})"]) from None
+    _say(f"wrote {path}. Next: edit it, then `kantha create {path} RUN_DIR`.")
+
+
+@app.command()
+def create(
+    spec: Annotated[Path, typer.Argument(help="The run spec, a YAML file; `kantha init` writes one.")],
+    run_dir: Annotated[Path, typer.Argument(help="The folder to make; everything about the run will be in it.")],
+) -> None:
+    """Create a run: train its tokenizer, freeze its spec, draw its keys and first weights."""
+    from kantha.coordinator.rundir import RunDirectory
+
+    run = RunDirectory.create(run_dir, load_spec(spec), _say)
+    _say(f"created {run_dir}, fingerprint {run.spec.fingerprint[:16]}…. Next: `kantha serve {run_dir}`.")
+
+
+@app.command()
+def serve(
+    run_dir: Annotated[Path, typer.Argument(help="The run's folder, made by `kantha create`.")],
+    port: Annotated[int, typer.Option(help="TCP port of the run's page and API; 0 takes a free one.")] = 8600,
+    p2p_port: Annotated[
+        int | None, typer.Option(help="TCP port of the swarm. By default the one used before, or a free one.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="IP address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Serve a run: its page, its API, its place in the swarm. Ctrl-C stops it; a restart carries on."""
+    from kantha.coordinator.serve import serve as serve_run
+
+    serve_run(run_dir, host, port, p2p_port, _say)
+
+
+@app.command()
+def join(
+    url: Annotated[str, typer.Argument(help="The run's link, as its page shows it.")],
+    name: Annotated[str | None, typer.Option(help="Your name, as others will see it. Default: your user name.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to use. Default: all cores.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Examples computed at once. Default: by the device.")
+    ] = None,
+    reachable: Annotated[
+        bool | None,
+        typer.Option(
+            "--reachable/--outbound-only",
+            help="Whether other peers may connect to this machine. Default: only on the coordinator's own.",
+        ),
+    ] = None,
+) -> None:
+    """Help a run with this machine, until Ctrl-C."""
+    from kantha.volunteer.join import JoinOptions
+    from kantha.volunteer.join import join as join_run
+
+    outbound_only = None if reachable is None else not reachable
+    join_run(url, JoinOptions(name or getpass.getuser(), threads, micro_batch, outbound_only), _console)
+
+
+@app.command()
+def export(
+    run_dir: Annotated[
+        Path, typer.Argument(help="A run's folder (its newest checkpoint is taken), or a checkpoint's.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The model folder to make.")],
+) -> None:
+    """Write the model in Hugging Face format, for plain transformers."""
+    from kantha.publishing import export_model
+
+    round_number = export_model(run_dir, out)
+    _say(f'wrote {out}, the model after round {round_number}. Try: transformers.pipeline("fill-mask", "{out}")')
+
+
+@app.command()
+def demo(
+    volunteers: Annotated[int, typer.Option(min=1, max=16, help="How many volunteers take part.")] = 3,
+    minutes: Annotated[float, typer.Option(min=0.5, help="How long they train.")] = 5.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the run, the model and the logs. Default: a new demo-run.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
+    port: Annotated[int, typer.Option(help="TCP port of the run's page; 0 takes a free one.")] = 0,
+    preset: Preset = "demo",
+) -> None:
+    """All of it on this machine: a coordinator and volunteers train a small model for some minutes."""
+    from kantha.cli.demo import run_demo
+
+    run_demo(volunteers, minutes, out, report, port, preset, _console)
+
+
+def main() -> None:
+    """Entry point: runs the command, turns errors into one line on stderr and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except KanthaError as error:
+        Console(stderr=True, highlight=False).print(f"kantha: {error}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True, highlight=False).print("kantha: stopped", markup=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

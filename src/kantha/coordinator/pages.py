@@ -1,0 +1,236 @@
+"""The run's page: `GET /`, complete without JavaScript and live with it; everything it loads comes from this server."""
+
+import gzip
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bokeh
+from bokeh.embed import json_item
+from bokeh.models import AjaxDataSource, BasicTicker, CDSView, DataRange1d, GroupFilter, HoverTool
+from bokeh.plotting import figure
+from bokeh.util.paths import bokehjs_path
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.templating import Jinja2Templates
+
+from kantha.coordinator.status import RoundStatus, RunStatus
+
+SHOWN_ROUNDS = 8
+CHART_POLL_MILLISECONDS = 2000
+
+# Bokeh styles its shadow roots with <style> elements that can carry neither a nonce nor a hash known beforehand, so
+# style elements have to be allowed; style attributes, inline scripts, eval and every other host are not.
+CONTENT_SECURITY_POLICY = "; ".join(
+    [
+        "default-src 'self'",
+        "script-src 'self'",
+        "style-src 'self' 'unsafe-inline'",
+        "style-src-attr 'none'",
+        "object-src 'none'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+)
+
+_HERE = Path(__file__).parent
+# The curves in colours that keep a contrast of 3:1 to both the light and the dark cloth; page.css colours the rest.
+_INDIGO, _LEAF, _TURMERIC, _MADDER = "#5870c4", "#4c8a62", "#a9741f", "#c8453f"
+
+
+@dataclass(frozen=True)
+class _Asset:
+    content: bytes
+    gzipped: bytes
+    media_type: str
+
+
+def page_router(get_status: Callable[[], RunStatus]) -> APIRouter:
+    """The routes of the run's page; `get_status` is called once for each request, in a worker thread.
+
+    The page's script also polls `api/v1/status`, which the application serves next to this router.
+    """
+    names, assets = _load_assets()
+    chart = json_item(_chart(), "chart")
+    templates = Jinja2Templates(_HERE / "templates")
+    templates.env.filters.update(number=_number, duration=_duration, ago=_ago, many=_many, sentence=_sentence)
+    # Bokeh's documents refer back to models earlier in them, so `tojson` must leave the order alone.
+    templates.env.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    def page(request: Request) -> Response:
+        status = get_status()
+        return templates.TemplateResponse(
+            request,
+            "run.html",
+            {
+                "status": status,
+                "last_rounds": status.rounds[: -SHOWN_ROUNDS - 1 : -1],
+                "shown_rounds": SHOWN_ROUNDS,
+                "assets": names,
+                "chart": chart,
+            },
+            headers={
+                "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+                "X-Content-Type-Options": "nosniff",
+                "Referrer-Policy": "no-referrer",
+                "Cache-Control": "no-store",
+            },
+        )
+
+    @router.get("/chart-data")
+    def chart_data() -> Response:
+        return JSONResponse(_columns(get_status().rounds), headers={"Cache-Control": "no-store"})
+
+    @router.get("/static/{file}")
+    def static(file: str, request: Request) -> Response:
+        asset = assets.get(file)
+        if asset is None:
+            raise HTTPException(404)
+        headers = {
+            # The names carry a version or a digest: what is behind one never changes.
+            "Cache-Control": "public, max-age=31536000, immutable",
+            "Vary": "Accept-Encoding",
+            "X-Content-Type-Options": "nosniff",
+        }
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            return Response(asset.gzipped, media_type=asset.media_type, headers=headers | {"Content-Encoding": "gzip"})
+        return Response(asset.content, media_type=asset.media_type, headers=headers)
+
+    return router
+
+
+def _load_assets() -> tuple[dict[str, str], dict[str, _Asset]]:
+    """What `/static` serves: its names by the template's keys, and the files by these names."""
+    names: dict[str, str] = {}
+    assets: dict[str, _Asset] = {}
+
+    def add(key: str, name: str, content: bytes, media_type: str) -> None:
+        names[key] = name
+        assets[name] = _Asset(content, gzip.compress(content, mtime=0), media_type)
+
+    bokeh_script = Path(bokehjs_path()) / "js" / "bokeh.min.js"
+    add("bokeh", f"bokeh-{bokeh.__version__}.min.js", bokeh_script.read_bytes(), "text/javascript")
+    for key, suffix, media_type in [
+        ("script", "js", "text/javascript"),
+        ("style", "css", "text/css"),
+        ("icon", "svg", "image/svg+xml"),
+    ]:
+        content = (_HERE / "static" / f"page.{suffix}").read_bytes()
+        add(key, f"page-{hashlib.sha256(content).hexdigest()[:12]}.{suffix}", content, media_type)
+    return names, assets
+
+
+def _chart() -> figure:
+    """The loss curve; its data come from `/chart-data`, again and again, by Bokeh's own polling."""
+    source = AjaxDataSource(
+        name="rounds",
+        data_url="chart-data",
+        method="GET",
+        mode="replace",
+        polling_interval=CHART_POLL_MILLISECONDS,
+        data=_columns([]),
+    )
+    plot = figure(
+        name="loss",
+        height=340,
+        sizing_mode="stretch_width",
+        y_range=DataRange1d(only_visible=True, range_padding=0.08),
+        x_axis_label="round",
+        y_axis_label="loss",
+        toolbar_location=None,
+        tools="",
+        background_fill_color=None,
+        border_fill_color=None,
+        outline_line_color=None,
+        min_border_right=12,
+    )
+    # The total is sewn: a running stitch over a faint thread, which keeps the line whole where rounds are close.
+    # page.js shows and hides renderers by these names. One hover tool a curve, since a hidden curve answers none.
+    plot.line("round", "loss", source=source, name="total", color=_INDIGO, width=3.5, dash=[11, 7], line_cap="round")
+    total = plot.line("round", "loss", source=source, name="total", color=_INDIGO, width=2, alpha=0.45)
+    words = plot.line("round", "mlm_loss", source=source, name="words", color=_LEAF, width=2, visible=False)
+    order = plot.line("round", "sop_loss", source=source, name="order", color=_TURMERIC, width=2, visible=False)
+    plot.scatter(
+        "round",
+        "loss",
+        source=source,
+        view=CDSView(filter=GroupFilter(column_name="outcome", group="failed")),
+        name="total",
+        marker="x",
+        size=12,
+        color=_MADDER,
+        line_width=3,
+    )
+    for line, side, tooltip in [
+        (
+            total,
+            "right",
+            "<strong>Round @round</strong> (@outcome)<br>loss @loss{0.00}<br>samples @samples{0,0}<br>"
+            "volunteers @volunteers",
+        ),
+        (words, "left", "Round @round<br>hidden words @mlm_loss{0.00}"),
+        (order, "right", "Round @round<br>sentence order @sop_loss{0.00}"),
+    ]:
+        hover = HoverTool(renderers=[line], mode="vline", line_policy="nearest", attachment=side, tooltips=tooltip)
+        plot.add_tools(hover)
+    plot.xaxis.ticker = BasicTicker(min_interval=1)
+    plot.xaxis.formatter.use_scientific = False
+    plot.xgrid.visible = False
+    plot.axis.axis_label_text_font_style = "normal"
+    plot.axis.axis_line_color = None
+    plot.axis.major_tick_line_color = None
+    plot.axis.minor_tick_line_color = None
+    return plot
+
+
+def _columns(rounds: list[RoundStatus]) -> dict[str, list[Any]]:
+    # A loss that is not a number cannot be drawn, nor be written as JSON.
+    drawn = [r for r in rounds if math.isfinite(r.loss) and math.isfinite(r.mlm_loss) and math.isfinite(r.sop_loss)]
+    return {
+        "round": [r.round for r in drawn],
+        "loss": [r.loss for r in drawn],
+        "mlm_loss": [r.mlm_loss for r in drawn],
+        "sop_loss": [r.sop_loss for r in drawn],
+        "samples": [r.samples for r in drawn],
+        "volunteers": [r.volunteers for r in drawn],
+        "outcome": ["failed" if r.failed else "complete" for r in drawn],
+    }
+
+
+# The words and numbers of the page. static/page.js writes the same ones when it updates; tests/web keeps them in step.
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _ago(seconds: float) -> str:
+    return "just now" if seconds < 2 else f"{_duration(seconds)} ago"
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _sentence(entry: RoundStatus) -> str:
+    facts = f"{_many(entry.volunteers, 'volunteer')}, {_many(entry.samples, 'sample')}, loss {_number(entry.loss, 2)}"
+    if entry.failed:
+        return f"Round {entry.round} failed, a part of the averaging was missing: {facts}"
+    return f"Round {entry.round}: {facts}"

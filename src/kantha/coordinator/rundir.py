@@ -1,0 +1,162 @@
+"""A run on the coordinator's disk.
+
+run.json          format, fingerprint, the swarm's port; its presence makes the folder a run
+run.yaml          the frozen run spec
+tokenizer.json    trained when the run was created; its digest is in the spec
+keys/run.pem      the run's Ed25519 key, signs membership certificates (owner only)
+keys/peer.key     the coordinator's libp2p identity (owner only)
+ledger.sqlite     members, and what each did in each round
+checkpoints/      round-*/, newest last
+log/              what hivemind says
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kantha.corpus import save_tokenizer, train_tokenizer
+from kantha.digests import FileDigest, check_file, digest_of
+from kantha.errors import NewerRunError, RunDirectoryError, StorageError
+from kantha.spec import RunSpec, dump_spec, load_spec
+from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.membership import RunKey
+from kantha.training import Replica
+from kantha.training.checkpoint import checkpoint_folder
+
+FORMAT = 1
+SPEC_FILE = "run.yaml"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class _RunFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    format: int
+    fingerprint: str
+    p2p_port: int | None = Field(None, description="TCP port of the swarm, chosen when the run is first served.")
+
+
+class RunDirectory:
+    """An existing run; `open` checks it, `create` makes one."""
+
+    def __init__(self, path: Path, spec: RunSpec, file: _RunFile) -> None:
+        self.path = path
+        self.spec = spec
+        self._file = file
+        self.tokenizer = path / TOKENIZER_FILE
+        self.checkpoints = path / "checkpoints"
+        self.ledger = path / "ledger.sqlite"
+        self.log = path / "log" / "coordinator.log"
+        self._lock = FileLock(path / ".lock", timeout=0)
+
+    @classmethod
+    def create(cls, path: Path, spec: RunSpec, say: Callable[[str], None]) -> "RunDirectory":
+        """Make a run: train its tokenizer, freeze its spec, draw its keys and its first weights.
+
+        `say` is told in a sentence what happens. The folder appears only when it is whole.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunDirectoryError(f"{path}: exists already and is not empty; choose another folder for the run")
+        partial = path.with_name(f".partial-{path.name}")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "keys").mkdir(parents=True)
+            say("training the tokenizer …")
+            digest = save_tokenizer(train_tokenizer(spec), partial / TOKENIZER_FILE)
+            spec = spec.model_copy(update={"tokenizer": spec.tokenizer.model_copy(update={"sha256": digest})})
+            (partial / SPEC_FILE).write_text(dump_spec(spec), encoding="utf-8")
+            RunKey.generate(partial / "keys" / "run.pem")
+            PeerIdentity(partial / "keys" / "peer.key")
+            say("drawing the first weights …")
+            run = cls(partial, spec, _RunFile(format=FORMAT, fingerprint=spec.fingerprint))
+            run.save_checkpoint(Replica(spec), 0)
+            run._write()
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+        except OSError as error:
+            raise StorageError(
+                f"{path}: the run could not be written ({error}); make room, or choose another folder"
+            ) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Read and check a run. Raises `RunDirectoryError`, `NewerRunError` or `DigestError`."""
+        try:
+            content = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+                raise NewerRunError(
+                    f"{path}: written by a newer Kantha (format {content['format']}, this one reads {FORMAT}); "
+                    "update with `pip install --upgrade kantha`"
+                )
+            file = _RunFile.model_validate(content)
+        except FileNotFoundError:
+            raise RunDirectoryError(
+                f"{path}: no run here; `kantha init run.yaml` and `kantha create run.yaml {path}` make one"
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
+            raise RunDirectoryError(
+                f"{path / 'run.json'}: damaged ({str(error).splitlines()[0]}); restore it from a copy"
+            ) from None
+        spec = load_spec(path / SPEC_FILE)
+        if spec.fingerprint != file.fingerprint:
+            raise RunDirectoryError(
+                f"{path / SPEC_FILE}: was changed after the run was created; "
+                "restore it, or `kantha create` a new run from the changed spec"
+            )
+        run = cls(path, spec, file)
+        check_file(run.tokenizer, run.tokenizer_digest())
+        return run
+
+    @property
+    def identity(self) -> PeerIdentity:
+        return PeerIdentity(self.path / "keys" / "peer.key")
+
+    def key(self) -> RunKey:
+        try:
+            return RunKey.load(self.path / "keys" / "run.pem")
+        except (OSError, ValueError) as error:
+            raise RunDirectoryError(
+                f"{self.path / 'keys' / 'run.pem'}: cannot be used ({error}); restore it from a copy"
+            ) from None
+
+    @property
+    def p2p_port(self) -> int | None:
+        return self._file.p2p_port
+
+    def set_p2p_port(self, port: int) -> None:
+        """Keep the swarm's port, so that volunteers find the coordinator again after a restart."""
+        self._file.p2p_port = port
+        self._write()
+
+    def tokenizer_digest(self) -> FileDigest:
+        found = digest_of(self.tokenizer)
+        return found.model_copy(update={"sha256": self.spec.tokenizer.sha256 or found.sha256})
+
+    def save_checkpoint(self, replica: Replica, round_number: int) -> Path:
+        """Raises `StorageError`; the checkpoints before are untouched then."""
+        folder = checkpoint_folder(self.checkpoints, round_number)
+        replica.save(
+            folder,
+            round_number,
+            {SPEC_FILE: dump_spec(self.spec).encode(), TOKENIZER_FILE: self.tokenizer.read_bytes()},
+        )
+        return folder
+
+    def lock(self) -> None:
+        """Make sure that no other program serves this run. Raises `RunDirectoryError`."""
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunDirectoryError(f"{self.path}: another `kantha serve` has this run open; stop it first") from None
+
+    def _write(self) -> None:
+        partial = self.path / ".run.json"
+        partial.write_text(self._file.model_dump_json(indent=1), encoding="utf-8")
+        partial.replace(self.path / "run.json")

@@ -1,0 +1,260 @@
+"""The coordinator at work: welcomes peers, collects their reports into the ledger, keeps checkpoints.
+
+Three threads share it: `swarm` takes part in the averaging, `collect` reads the reports, and the web server's threads
+ask for the status. Only `swarm` touches the replica.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from hivemind.utils import get_dht_time
+
+from kantha import __version__
+from kantha.api import RemoteFile, RunDescription, Snapshot
+from kantha.coordinator.ledger import Ledger
+from kantha.coordinator.rundir import TOKENIZER_FILE, RunDirectory
+from kantha.coordinator.status import RunStatus, VolunteerStatus
+from kantha.digests import digest_of
+from kantha.errors import DigestError, MembershipError, PortTakenError, RunDirectoryError, StorageError, SwarmError
+from kantha.swarm.hivemind_engine import HivemindAverager
+from kantha.swarm.membership import Certificate, MembershipRequest
+from kantha.swarm.node import Node
+from kantha.swarm.reports import Report, Roster
+from kantha.training import Replica
+from kantha.training.checkpoint import (
+    MANIFEST,
+    checkpoint_folder,
+    drop_old_checkpoints,
+    list_checkpoints,
+    read_manifest,
+)
+
+_COLLECT_SECONDS = 1.5
+_STATUS_SECONDS = 1.0  # a status is made anew at most this often
+_log = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """One served run. Made in the main thread: it forks the swarm's processes."""
+
+    def __init__(self, run: RunDirectory, host: str, p2p_port: int, address: str, say: Callable[[str], None]) -> None:
+        """
+        :param host: IP address that the swarm listens on
+        :param address: the run's link
+        :param say: told in a sentence what happens
+        :raises PortTakenError: when the swarm's port is in use
+        :raises DigestError: when no checkpoint of the run is whole
+        """
+        self.run = run
+        self.address = address
+        self._say = say
+        self._key = run.key()
+        self._ledger = Ledger(run.ledger)
+        self._roster = Roster()
+        self._here: dict[str, str] = {}  # who was here when we last looked, for what is said
+        self._status: tuple[float, RunStatus] | None = None
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._replica = Replica(run.spec)
+        self.resumed_from = self._load_newest_checkpoint()
+        self._checkpoint_round = self._replica.round
+        self._replica_is_newer = False
+        try:
+            self._node = Node(run.spec.fingerprint, run.identity, listen=[f"/ip4/{host}/tcp/{p2p_port}"])
+        except SwarmError as error:
+            raise PortTakenError(
+                f"the swarm cannot use TCP port {p2p_port} of {host} ({error}); try --p2p-port"
+            ) from None
+        self._averager = HivemindAverager(
+            self._node, run.spec.swarm, self._replica.optimizer, self._replica.schedule, self._replica.round
+        )
+        self._threads = [
+            threading.Thread(target=self._take_part, name="swarm"),
+            threading.Thread(target=self._collect, name="collect"),
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the threads, save what is newer than the newest checkpoint, leave the swarm."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._save_if_newer()
+        self._averager.close()
+        self._node.close()
+        self._ledger.close()
+
+    # ---- the swarm
+
+    def _load_newest_checkpoint(self) -> int:
+        for folder in list_checkpoints(self.run.checkpoints):
+            try:
+                self._replica.load(folder)
+            except DigestError as error:
+                _log.error("skipped a checkpoint: %s", error)
+            else:
+                return self._replica.round
+        raise RunDirectoryError(f"{self.run.checkpoints}: no whole checkpoint; restore one from a copy")
+
+    def _take_part(self) -> None:
+        averager = self._averager
+        while not self._stop.wait(0.05):
+            if averager.tick():
+                self._replica_is_newer = True
+                due = averager.round - self._checkpoint_round >= self.run.spec.swarm.checkpoint_rounds
+            else:
+                due = not self._roster.present("trainer")  # the last volunteer left: what it did must not be lost
+            if due:
+                self._save_if_newer()
+
+    def _save_if_newer(self) -> None:
+        if not (self._replica_is_newer and self._averager.is_current):
+            return
+        try:
+            self.run.save_checkpoint(self._replica, self._averager.round)
+            self._checkpoint_round = self._averager.round
+            self._replica_is_newer = False
+            drop_old_checkpoints(self.run.checkpoints)
+            self._say(f"round {self._checkpoint_round}: checkpoint saved")
+        except StorageError as error:
+            self._say(f"{error}; it is tried again after the next round")
+
+    # ---- reports
+
+    def _collect(self) -> None:
+        while not self._stop.wait(_COLLECT_SECONDS):
+            try:
+                reports = self._node.reports()
+            except SwarmError as error:
+                _log.warning("reports could not be read: %s", error)
+                continue
+            members = self._ledger.members()
+            for peer_id in self._roster.update({peer: report for peer, report in reports.items() if peer in members}):
+                self._ledger.add_rounds(peer_id, reports[peer_id].rounds)
+            self._announce_averager()
+            self._say_who_is_here({peer: members[peer] for peer in self._roster.present("trainer")})
+
+    def _say_who_is_here(self, now: dict[str, str]) -> None:
+        for peer_id, name in now.items():
+            if peer_id not in self._here:
+                self._say(f"{name} joined ({len(now)} here now)")
+        for peer_id, name in self._here.items():
+            if peer_id not in now:
+                self._say(f"{name} is gone ({len(now)} here now)")
+        self._here = now
+
+    def _announce_averager(self) -> None:
+        try:
+            self._node.publish(
+                Report(
+                    time=get_dht_time(),
+                    role="averager",
+                    state="averaging" if self._averager.is_current else "catching up",
+                    round=self._averager.round,
+                    samples=0,
+                    samples_per_second=0.0,
+                    device="coordinator",
+                    version=__version__,
+                    rounds=[],
+                )
+            )
+        except SwarmError as error:
+            _log.warning("the coordinator's report was not stored: %s", error)
+
+    # ---- what the web service answers
+
+    def certify(self, request: MembershipRequest) -> Certificate:
+        """Let a volunteer in. Raises `MembershipError`."""
+        if request.run != self.run.spec.fingerprint:
+            raise MembershipError("this is another run than the one asked for; check the address and join again")
+        certificate = self._key.certify(request, request.verified_peer_id())
+        self._ledger.add_member(certificate.membership)
+        return certificate
+
+    def describe(self) -> RunDescription:
+        tokenizer = self.run.tokenizer_digest()
+        folder = list_checkpoints(self.run.checkpoints)[0]
+        manifest = read_manifest(folder)
+        where = f"api/v1/checkpoints/{manifest.round}"
+        files = {MANIFEST: digest_of(folder / MANIFEST), **manifest.files}
+        return RunDescription(
+            version=__version__,
+            fingerprint=self.run.spec.fingerprint,
+            spec=self.run.spec.model_dump(mode="json"),
+            public_key=self._key.public_key,
+            bootstrap=self._node.addresses(),
+            tokenizer=RemoteFile(path=f"api/v1/{TOKENIZER_FILE}", **tokenizer.model_dump()),
+            snapshot=Snapshot(
+                round=manifest.round,
+                files={name: RemoteFile(path=f"{where}/{name}", **file.model_dump()) for name, file in files.items()},
+            ),
+        )
+
+    def checkpoint_file(self, round_number: int, name: str) -> str | None:
+        """Path of a file of a checkpoint; None where there is no such file."""
+        folder = checkpoint_folder(self.run.checkpoints, round_number)
+        if not (folder / MANIFEST).is_file() or name not in {MANIFEST, *read_manifest(folder).files}:
+            return None
+        return str(folder / name)
+
+    def status(self) -> RunStatus:
+        with self._lock:
+            if self._status is not None and time.monotonic() - self._status[0] < _STATUS_SECONDS:
+                return self._status[1]
+        status = self._make_status()
+        with self._lock:
+            self._status = (time.monotonic(), status)
+        return status
+
+    def _make_status(self) -> RunStatus:
+        spec, rounds = self.run.spec, self._ledger.rounds()
+        names, totals, present = self._ledger.members(), self._ledger.samples_by_peer(), self._roster.present("trainer")
+        number = max([self._checkpoint_round, *(round.round for round in rounds[-1:])])
+        in_round = sum(report.samples for report, _ in present.values() if report.round >= number)
+        speed = sum(report.samples_per_second for report, _ in present.values())
+        remaining = max(0, spec.swarm.target_batch_size - in_round)
+        return RunStatus(
+            name=spec.name,
+            goal=spec.goal,
+            fingerprint=spec.fingerprint,
+            address=self.address,
+            round=number,
+            target_batch_size=spec.swarm.target_batch_size,
+            samples_in_round=in_round,
+            samples=sum(round.samples for round in rounds),
+            samples_per_second=speed,
+            seconds_to_next_round=remaining / speed if speed > 0 else None,
+            failed_rounds=sum(round.failed for round in rounds),
+            checkpoint_round=self._checkpoint_round,
+            volunteers=sorted(
+                (
+                    _volunteer(peer_id, names.get(peer_id, "?"), totals.get(peer_id, 0), report, silent)
+                    for peer_id, (report, silent) in present.items()
+                ),
+                key=lambda volunteer: (volunteer.name, volunteer.peer_id),
+            ),
+            rounds=rounds,
+        )
+
+
+def _volunteer(peer_id: str, name: str, samples: int, report: Report, silent: float) -> VolunteerStatus:
+    loss = None
+    if report.rounds and (done := report.rounds[-1]).samples:
+        loss = (done.mlm_loss_sum + done.sop_loss_sum) / done.samples
+    return VolunteerStatus(
+        name=name,
+        peer_id=peer_id,
+        state=report.state,
+        round=report.round,
+        samples_in_round=report.samples,
+        samples=samples,
+        samples_per_second=report.samples_per_second,
+        loss=loss,
+        device=report.device,
+        seconds_since_seen=silent,
+    )

@@ -1,0 +1,149 @@
+// Keeps the run's page up to date without a reload. The page is complete without it; what it writes is what pages.py
+// and run.html write. Everything from the network goes in by textContent: names come from strangers.
+"use strict";
+
+const POLL = 2000;
+const POLL_HIDDEN = 30000;
+const PATIENCE = 8000;
+
+const byId = (id) => document.getElementById(id);
+
+function setText(element, text) {
+  // An equal text is left alone, so that a selection in it, and a screen reader's place, survive.
+  if (element.textContent !== text) element.textContent = text;
+}
+
+const setField = (name, text) => setText(document.querySelector(`[data-field="${name}"]`), text);
+
+function number(value, digits = 0) {
+  if (value === null) return "–";
+  return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+}
+
+function duration(seconds) {
+  if (seconds === null) return "–";
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+}
+
+const ago = (seconds) => (seconds < 2 ? "just now" : `${duration(seconds)} ago`);
+const many = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
+
+function sentence(round) {
+  const facts = `${many(round.volunteers, "volunteer")}, ${many(round.samples, "sample")}, loss ${number(round.loss, 2)}`;
+  if (round.failed) return `Round ${round.round} failed, a part of the averaging was missing: ${facts}`;
+  return `Round ${round.round}: ${facts}`;
+}
+
+function showFigures(status) {
+  const last = status.rounds.at(-1);
+  const progress = `${number(status.samples_in_round)} of ${number(status.target_batch_size)} samples`;
+  setField("loss", number(last ? last.loss : null, 2));
+  setField("round", number(status.round));
+  setField("samples", number(status.samples));
+  setField("speed", number(status.samples_per_second, 1));
+  setField("volunteers", number(status.volunteers.length));
+  setField("next", duration(status.seconds_to_next_round));
+  setField("failed", number(status.failed_rounds));
+  setField("checkpoint", status.checkpoint_round ? `round ${number(status.checkpoint_round)}` : "none yet");
+  setField("progress", `Round ${number(status.round + 1)}: ${progress}`);
+  setField("first-round", progress);
+  byId("progress").max = status.target_batch_size;
+  byId("progress").value = status.samples_in_round;
+}
+
+function showVolunteers(volunteers) {
+  byId("no-volunteers").hidden = volunteers.length > 0;
+  byId("helping").hidden = volunteers.length === 0;
+  const body = byId("volunteers");
+  while (body.rows.length > volunteers.length) body.deleteRow(-1);
+  volunteers.forEach((volunteer, index) => {
+    const cells = [
+      volunteer.name,
+      volunteer.state,
+      number(volunteer.samples),
+      number(volunteer.samples_per_second, 1),
+      number(volunteer.loss, 2),
+      volunteer.device,
+      ago(volunteer.seconds_since_seen),
+    ];
+    const row = body.rows[index] ?? body.insertRow();
+    if (row.cells.length === 0) {
+      row.append(...cells.map((_, column) => document.createElement(column === 0 ? "th" : "td")));
+      row.cells[0].scope = "row";
+    }
+    cells.forEach((text, column) => setText(row.cells[column], text));
+  });
+}
+
+function showRounds(rounds) {
+  byId("no-rounds").hidden = rounds.length > 0;
+  if (rounds.length === 0) return;
+  const list = byId("rounds");
+  const last = rounds.slice(-Number(list.dataset.shown)).reverse();
+  while (list.children.length < last.length) list.append(document.createElement("li"));
+  last.forEach((round, index) => {
+    setText(list.children[index], sentence(round));
+    list.children[index].classList.toggle("failed", round.failed);
+  });
+}
+
+let chartDrawn = false;
+
+async function drawChart() {
+  chartDrawn = true;
+  Bokeh.set_log_level("error");
+  await Bokeh.embed.embed_item(JSON.parse(byId("chart-item").textContent));
+  const plot = Bokeh.documents[0].get_model_by_name("loss");
+  byId("curves").addEventListener("change", ({ target }) => {
+    for (const renderer of plot.renderers) if (renderer.name === target.value) renderer.visible = target.checked;
+  });
+  byId("curves").hidden = false;
+}
+
+async function update() {
+  let status;
+  try {
+    const answer = await fetch("api/v1/status", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
+    if (!answer.ok) throw new Error(`the coordinator answered ${answer.status}`);
+    status = await answer.json();
+  } catch {
+    document.body.classList.add("lost");
+    setText(byId("state"), "Connection lost, trying again…");
+    return;
+  }
+  document.body.classList.remove("lost");
+  const helping = status.volunteers.length;
+  const underWay = `Round ${number(status.round + 1)} is under way with ${many(helping, "volunteer")}.`;
+  setText(byId("state"), helping ? underWay : "Nobody is helping right now.");
+  showFigures(status);
+  showVolunteers(status.volunteers);
+  showRounds(status.rounds);
+  if (status.rounds.length > 0 && !chartDrawn && window.Bokeh) drawChart();
+}
+
+let timer;
+
+async function poll() {
+  try {
+    await update();
+  } finally {
+    clearTimeout(timer);
+    timer = setTimeout(poll, document.hidden ? POLL_HIDDEN : POLL);
+  }
+}
+
+document.addEventListener("visibilitychange", () => document.hidden || poll());
+
+if (navigator.clipboard) {
+  const copy = byId("copy");
+  copy.hidden = false;
+  copy.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(byId("command").textContent);
+    copy.textContent = "Copied";
+  });
+}
+
+poll();

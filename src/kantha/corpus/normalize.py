@@ -1,0 +1,107 @@
+"""Text in one canonical spelling, and its sentences.
+
+What is written differently but read alike becomes one string here, so that the tokenizer meets one spelling and a
+document has one hash on every machine. Only Bengali (`bn`) has rules of its own; every other language gets the common
+ones.
+"""
+
+import re
+import unicodedata
+
+# Control, format, private-use and surrogate characters, except white space and the two joiners. They are listed, not
+# asked from `unicodedata`, so that the hash of a text does not depend on the Unicode version of the interpreter.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\ue000-\uf8ff\U000e0000-\U000e007f\U000f0000-\U0010ffff]"
+)
+_JOINER = "[\u200c\u200d]"  # ZERO WIDTH NON-JOINER, ZERO WIDTH JOINER
+_STRAY_JOINER = re.compile(rf"(?<!\S){_JOINER}+|{_JOINER}+(?!\S)|(?<={_JOINER}){_JOINER}")
+
+_CONSONANT = "[\u0995-\u09b9\u09ce\u09f0\u09f1]"
+_HASANTA = "\u09cd"
+# A ZWJ between র and hasanta-য makes it র with য-ফলা, not য with রেফ; a hasanta and a joiner before a consonant keep a
+# conjunct open; ত, hasanta, ZWJ is how ৎ was written before Unicode 4.1. Anywhere else in Bengali a joiner changes
+# nothing that is seen.
+_BENGALI_JOINER = re.compile(
+    rf"(?P<khanda_ta>\u09a4{_JOINER}*{_HASANTA}\u200d{_JOINER}*)"
+    rf"|(?P<ra>(?<=[\u09b0\u09f0]){_JOINER}+(?={_HASANTA}\u09af))"
+    rf"|(?<={_HASANTA})(?P<open>{_JOINER}){_JOINER}*(?={_CONSONANT})"
+    rf"|{_JOINER}+"
+)
+
+_PIPE = re.compile(r"(?<=[\u0980-\u09ff]) ?(\|{1,2})")
+_DANDA_LOOKALIKE = re.compile("\u09e4|\u09f7(?![\u09f4-\u09f6\u09f8\u09f9])")  # ৷ before ৴ or ৹ is an amount of money
+_TWO_DANDAS = re.compile("। ?।|\u09e5")
+_SPACE_BEFORE_DANDA = re.compile(" +(?=[।॥])")
+# The first parts of words in which a visarga stands before a consonant. A closed list, because a colon that only lacks
+# its space (ডেস্ক:ঢাকা) is more frequent than any other word with a mistyped visarga.
+_BEFORE_VISARGA = unicodedata.normalize("NFKC", "দু|নি|অন্ত|আন্ত|পুন|প্রাত|বহি|অধ|স্বত|চতু|মন|শির|বয়")
+_VISARGA_TYPED_AS_COLON = re.compile(f"(?<![\u0980-\u09ff\u200c\u200d])({_BEFORE_VISARGA}):(?={_CONSONANT})")
+
+# Besides the Bengali and Latin ones, the full stops of Chinese and Japanese, and of Arabic and Urdu.
+_TERMINATOR = re.compile(
+    r"""(?:[।॥。؟۔]|[?!](?![A-Za-z0-9])|\.(?=[.?!"')\]}”’»]*(?:\s|$)))[।॥?!.]*(?:[)\]}”’»]|["'](?!\w))*"""
+)
+_WORD_BEFORE_STOP = re.compile(r"[^\s.]{2}$")
+_SYLLABLE = (
+    rf"[\u0985-\u09b9\u09ce\u09f0\u09f1](?:\u09bc|{_HASANTA}{_JOINER}?{_CONSONANT})*+[\u0981-\u0983\u09be-\u09cc]*"
+)
+_BENGALI_WORD_BEFORE_STOP = re.compile(rf"(?:{_SYLLABLE}){{3}}$")
+_LONGEST_LOOK_BACK = 40  # characters; three syllables are shorter
+
+
+def normalize(text: str, language: str) -> str:
+    """Return `text` in its canonical spelling; normalising twice changes nothing more.
+
+    Every language: NFKC (so that Bengali য়, ড়, ঢ় are a letter and a nukta), white space folded to single spaces, line
+    breaks kept as single `\\n`, control characters dropped, joiners (ZWJ, ZWNJ) kept only inside words.
+
+    Bengali, besides: joiners kept only where they change what is seen; । for its lookalikes and for `|` after a
+    Bengali letter, ॥ for two of them, no space before them; a visarga where দু:খ has a colon.
+
+    `language` is an ISO 639 code, as in the run spec.
+    """
+    text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
+    if "\u200c" in text or "\u200d" in text:
+        joined = _bengali_joiners(text) if language == "bn" else _STRAY_JOINER.sub("", text)
+        text = unicodedata.normalize("NFKC", joined)  # marks that a joiner held apart may now compose
+    text = "\n".join(folded for line in text.splitlines() if (folded := " ".join(line.split())))
+    return _bengali_punctuation(text) if language == "bn" else text
+
+
+def _bengali_joiners(text: str) -> str:
+    def kept(match: re.Match[str]) -> str:
+        if match["khanda_ta"]:
+            return "ৎ"
+        return "\u200d" if match["ra"] else match["open"] or ""
+
+    return _BENGALI_JOINER.sub(kept, text)
+
+
+def _bengali_punctuation(text: str) -> str:
+    if "|" in text:
+        text = _PIPE.sub(lambda match: "।" * len(match[1]), text)
+    text = _TWO_DANDAS.sub("॥", _DANDA_LOOKALIKE.sub("।", text))
+    text = _SPACE_BEFORE_DANDA.sub("", text)
+    return _VISARGA_TYPED_AS_COLON.sub("\\1ঃ", text)
+
+
+def split_sentences(text: str, language: str) -> list[str]:
+    """Split normalised text into sentences, without the space between them; a line break always ends one.
+
+    A terminator keeps the quotes and brackets that close after it. A plain full stop counts only before white space and
+    after a word that is no abbreviation: two characters or more, in Bengali, where the danda does its work, three
+    syllables or more. When in doubt, two sentences stay together. Pieces without a letter or digit are dropped.
+    """
+    word_before_stop = _BENGALI_WORD_BEFORE_STOP if language == "bn" else _WORD_BEFORE_STOP
+    sentences = []
+    for line in text.split("\n"):
+        start = 0
+        for match in _TERMINATOR.finditer(line):
+            before = line[max(start, match.start() - _LONGEST_LOOK_BACK) : match.start()]
+            if match[0].startswith(".") and not word_before_stop.search(before):
+                continue
+            sentences.append(line[start : match.end()].strip())
+            start = match.end()
+        sentences.append(line[start:].strip())
+    return [sentence for sentence in sentences if any(map(str.isalnum, sentence))]

@@ -1,0 +1,167 @@
+"""One peer of the swarm: a libp2p daemon, a DHT node, and the reports that peers exchange."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hivemind.dht import DHT, DHTNode
+from hivemind.dht.crypto import RSASignatureValidator
+from hivemind.dht.schema import SchemaValidator
+from hivemind.p2p import P2PDaemonError, PeerID
+from hivemind.utils import get_dht_time
+from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.multiaddr import Multiaddr
+from pydantic.v1 import ValidationError
+
+from kantha.errors import SwarmError
+from kantha.swarm.identity import PeerIdentity, peer_id_of
+from kantha.swarm.processes import (
+    end_with_children_when_parent_dies,
+    leave_terminal_group,
+    prepare_forks,
+)
+from kantha.swarm.reports import LIFETIME, Report, ReportSchema
+
+_CALL_TIMEOUT = 20.0  # seconds for one look-up or store in the DHT
+_log = logging.getLogger(__name__)
+
+
+class _DaemonProcess(DHT):
+    """hivemind's DHT process, which takes the libp2p daemon with it whatever happens to the program."""
+
+    def run(self) -> None:
+        end_with_children_when_parent_dies()
+        leave_terminal_group()
+        super().run()
+
+
+class Node:
+    """This machine's place in the swarm.
+
+    It forks processes and must be made in the main thread, before CUDA is initialised.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        identity: PeerIdentity,
+        *,
+        bootstrap: Sequence[str] = (),
+        listen: Sequence[str] = (),
+        announce: Sequence[str] = (),
+        outbound_only: bool = False,
+    ) -> None:
+        """
+        :param run: fingerprint of the run spec; part of every key, so that other runs' peers are never met
+        :param bootstrap: multiaddrs of peers that are already in the swarm
+        :param listen: multiaddrs to accept connections on
+        :param announce: multiaddrs to be known by, where they differ from `listen`
+        :param outbound_only: accept no connections (client mode)
+        :raises SwarmError: when nobody at `bootstrap` answers, or the libp2p daemon does not start
+        """
+        self.identity = identity
+        self.outbound_only = outbound_only
+        self.prefix = f"kantha-{run[:32]}"
+        self._bootstrap = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in bootstrap]
+        self._key = f"{self.prefix}_reports"
+        signature = RSASignatureValidator(identity.key)
+        self._subkey = signature.local_public_key
+        prepare_forks()
+        try:
+            self.dht = _DaemonProcess(
+                initial_peers=list(bootstrap) or None,
+                start=True,
+                client_mode=outbound_only,
+                host_maddrs=list(listen) or ["/ip4/127.0.0.1/tcp/0"],
+                announce_maddrs=list(announce) or None,
+                no_listen=outbound_only,
+                identity_path=str(identity.path),
+                record_validators=[SchemaValidator(ReportSchema, prefix=self.prefix), signature],
+            )
+        except P2PDaemonError as error:
+            if "already taken" in str(error):
+                raise SwarmError(
+                    f"another machine is in this swarm with the same identity ({identity.path}); "
+                    "delete that file here if it was copied from there, and join again"
+                ) from None
+            raise SwarmError(f"the libp2p daemon did not start: {error}; try again in a minute") from None
+        except (OSError, RuntimeError) as error:
+            raise SwarmError(
+                f"no peer of the swarm answers at {', '.join(bootstrap) or 'its address'} ({error}); "
+                "check that the coordinator runs and that this network lets TCP connections out"
+            ) from None
+
+    @property
+    def peer_id(self) -> str:
+        return self.identity.peer_id
+
+    def addresses(self) -> list[str]:
+        """Multiaddrs under which others can reach this peer."""
+        return [str(address) for address in self.dht.get_visible_maddrs(latest=True)]
+
+    def publish(self, report: Report) -> None:
+        """Put this peer's report into the DHT, signed, over the one before. Raises `SwarmError` if nobody stored it."""
+        stored = self._call(
+            self.dht.store(
+                self._key,
+                subkey=self._subkey,
+                value=report.dict(),
+                expiration_time=get_dht_time() + LIFETIME,
+                return_future=True,
+            )
+        )
+        if not stored:
+            raise SwarmError("no peer of the swarm took this peer's report")
+
+    def reports(self) -> dict[str, Report]:
+        """The newest report of every peer, by peer id; whatever is unsigned or malformed is left out."""
+        found = self._call(self.dht.get(self._key, latest=True, return_future=True))
+        if found is None or not isinstance(found.value, dict):
+            return {}
+        reports = {}
+        for subkey, entry in found.value.items():
+            try:
+                public_key = RSASignatureValidator._PUBLIC_KEY_RE.fullmatch(subkey)
+                if public_key is not None:
+                    reports[peer_id_of(public_key.group(1).decode())] = Report.parse_obj(entry.value)
+            except (ValidationError, ValueError) as error:
+                _log.warning("left out a malformed report: %s", error)
+        return reports
+
+    def rejoin(self) -> None:
+        """Greet the bootstrap peers again: a coordinator that was restarted knows nobody, and may be forgotten."""
+        if self._bootstrap:
+            self._call(self.dht.run_coroutine(partial(_greet, peers=self._bootstrap), return_future=True))
+
+    def is_alive(self) -> bool:
+        return bool(self.dht.is_alive())
+
+    def close(self) -> None:
+        self.dht.shutdown()
+
+    def _call(self, future: Any) -> Any:
+        try:
+            return future.result(timeout=_CALL_TIMEOUT)
+        except FutureTimeoutError:
+            raise SwarmError(f"the swarm did not answer within {_CALL_TIMEOUT:.0f} s") from None
+
+
+async def _greet(_dht: DHT, node: DHTNode, peers: Sequence[PeerID]) -> None:
+    await asyncio.gather(*(node.protocol.call_ping(peer) for peer in peers))
+
+
+def log_to_file(path: Path) -> None:
+    """Send hivemind's log, and our own, to a file instead of the terminal. Call it before a `Node` is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    use_hivemind_log_handler("nowhere")
+    for name in ("hivemind", "kantha", "asyncio"):  # asyncio: hivemind's loops complain of tasks they leave behind
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -1,0 +1,92 @@
+"""What a peer tells the swarm about itself: one signed, schema-checked DHT record, renewed while it lives.
+
+A report carries the peer's last rounds, not only the newest, so that a coordinator that was away for some minutes
+misses nothing. The schema uses pydantic 1, because hivemind's validator does.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Dict, List, Optional  # noqa: UP035  pydantic 1 wants the classic names
+
+from hivemind.dht.schema import BytesWithPublicKey
+from pydantic.v1 import BaseModel, Field, StrictBool, confloat, conint, constr
+
+LIFETIME = 300.0  # seconds a report stays in the DHT after its peer fell silent, for the coordinator to collect
+PRESENT = 20.0  # seconds after which a peer that fell silent is no longer counted as here
+RENEWAL = 3.0  # seconds between two reports of a peer
+ROUNDS_KEPT = 32  # rounds that a report carries
+LEFT = "left"  # the state of a peer that said goodbye
+
+if TYPE_CHECKING:  # pydantic 1 makes its constrained types at run time, where no type checker sees them
+    from builtins import float as _Amount
+    from builtins import int as _Count
+    from builtins import int as _Peers
+    from builtins import str as _Device
+    from builtins import str as _Role
+    from builtins import str as _State
+    from builtins import str as _Version
+else:
+    _Count = conint(strict=True, ge=0, le=10**9)
+    _Peers = conint(strict=True, ge=1, le=10**6)
+    _Amount = confloat(strict=True, ge=0, lt=1e12)
+    _Role = constr(strict=True, regex="^(trainer|averager)$")
+    _State = constr(strict=True, max_length=40)
+    _Device = constr(strict=True, max_length=60)
+    _Version = constr(strict=True, max_length=20)
+
+
+class RoundReport(BaseModel):
+    """What one peer did in one round."""
+
+    round: _Count
+    samples: _Count
+    seconds: _Amount  # spent computing
+    mlm_loss_sum: _Amount  # loss × samples, nats
+    sop_loss_sum: _Amount
+    peers: _Peers  # group it averaged with, itself included
+    whole: StrictBool  # every part of the averaging arrived
+
+
+class Report(BaseModel):
+    """The state of one peer."""
+
+    time: _Amount  # swarm time, seconds since 1970
+    role: _Role
+    state: _State
+    round: _Count  # rounds finished by this peer
+    samples: _Count  # towards the running round
+    samples_per_second: _Amount
+    device: _Device
+    version: _Version
+    rounds: List[RoundReport] = Field(max_items=ROUNDS_KEPT)  # noqa: UP006
+
+
+class ReportSchema(BaseModel):
+    """The DHT key `{prefix}_reports`: one record a peer, under a subkey that names the key that must have signed it."""
+
+    reports: Dict[BytesWithPublicKey, Optional[Report]]  # noqa: UP006, UP045
+
+
+class Roster:
+    """Who is in the swarm now, judged by this machine's clock alone: a peer is here while its report keeps changing."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[Report, float]] = {}
+
+    def update(self, reports: Mapping[str, Report]) -> list[str]:
+        """Take in what the DHT holds; returns the peers whose report is new."""
+        changed = []
+        for peer_id, report in reports.items():
+            if peer_id not in self._seen or self._seen[peer_id][0].time != report.time:
+                self._seen[peer_id] = (report, time.monotonic())
+                changed.append(peer_id)
+        return changed
+
+    def present(self, role: str) -> dict[str, tuple[Report, float]]:
+        """Report and seconds since it changed, by peer id, of every peer of this role that is here."""
+        now = time.monotonic()
+        return {
+            peer_id: (report, now - seen)
+            for peer_id, (report, seen) in list(self._seen.items())
+            if report.role == role and report.state != LEFT and now - seen < PRESENT
+        }

@@ -1,0 +1,101 @@
+"""What a volunteer sees: a live panel in a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from kantha.swarm.engine import Engine
+from kantha.volunteer.session import Session
+
+_PLAIN_SECONDS = 30.0  # between two plain lines while no round ends
+
+
+class VolunteerConsole:
+    """A context manager around the training loop."""
+
+    def __init__(
+        self, run_name: str, url: str, username: str, session: Session, engine: Engine, console: Console
+    ) -> None:
+        self._title = run_name
+        self._url = url
+        self._username = username
+        self._session = session
+        self._engine = engine
+        self._console = console
+        self._said = time.monotonic()
+        self._leaving = False
+        self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> "VolunteerConsole":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def tick(self, round_ended: bool) -> None:
+        """Called after every batch; prints a line where there is no live panel and there is something to say."""
+        session = self._session
+        if (
+            round_ended
+            and (result := session.last_round) is not None
+            and (not self._console.is_terminal or not result.whole)
+        ):
+            with_whom = "alone" if result.peers == 1 else f"group of {result.peers}"
+            loss = f", loss {session.loss:.3f}" if session.loss is not None else ""
+            failed = "" if result.whole else "; parts of it did not arrive, it counts as failed"
+            self._print(
+                f"round {result.round}: {result.samples} samples of mine{loss}, {with_whom}{failed} "
+                f"({session.counted} samples so far, swarm {session.swarm_speed:.1f} samples/s)"
+            )
+        elif not self._console.is_terminal and time.monotonic() - self._said > _PLAIN_SECONDS:
+            self._print(f"{session.state}: {session.next_event(self._engine.progress())}")
+
+    def say_leaving(self) -> None:
+        self._leaving = True
+        self._print("leaving: finishing what is under way (press Ctrl-C again to leave at once)")
+
+    def _print(self, line: str) -> None:
+        self._said = time.monotonic()
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _draw(self) -> RenderableType:
+        session, progress = self._session, self._engine.progress()
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", justify="right")
+        facts.add_column()
+        facts.add_row("round", str(session.round))
+        facts.add_row("my samples", f"{session.counted + session.samples}  ({session.samples} in this round)")
+        facts.add_row("my speed", f"{session.speed:.1f} samples/s on {session.device}")
+        facts.add_row("swarm", f"{session.peers} volunteers, {session.swarm_speed:.1f} samples/s")
+        facts.add_row("loss", "–" if session.loss is None else f"{session.loss:.3f}")
+        if not session.coordinator_here:
+            facts.add_row("", "the coordinator does not answer; training goes on without it")
+        facts.add_row("next", "leaving …" if self._leaving else session.next_event(progress))
+        bar = ProgressBar(total=progress.target, completed=min(session.swarm_samples, progress.target), width=50)
+        body = Group(
+            facts, bar, f"[dim]{session.swarm_samples} of {progress.target} samples · {self._url} · Ctrl-C leaves[/dim]"
+        )
+        return Panel(body, title=f"{self._title} · {self._username}", expand=False)
+
+
+def download_progress(console: Console) -> Progress:
+    """A bar for a download; draws nothing where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,56 @@
+"""Where a volunteer's files are: one folder a run, below the user's data folder (`KANTHA_HOME` overrides it).
+
+<run>/tokenizer.json
+<run>/snapshot/               the swarm's state as it was when this machine last joined
+<run>/<name>-<slot>/          one peer of this machine: peer.key (its libp2p identity), volunteer.log
+"""
+
+import os
+import re
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from platformdirs import user_data_path
+
+from kantha.errors import StorageError, SwarmError
+from kantha.swarm.identity import PeerIdentity
+
+_SLOTS = 64  # peers of one name on one machine
+
+
+def home() -> Path:
+    """The folder that holds everything Kantha keeps for this user."""
+    override = os.environ.get("KANTHA_HOME")
+    return Path(override) if override else user_data_path("kantha")
+
+
+class PeerFolder:
+    """The first peer folder of this name that no running program uses; held until the program ends."""
+
+    def __init__(self, run: str, username: str) -> None:
+        self.run_folder = home() / run[:16]
+        safe = re.sub(r"[^\w.-]+", "_", username).strip("._") or "volunteer"
+        try:
+            for slot in range(_SLOTS):
+                self.path = self.run_folder / f"{safe}-{slot}"
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = FileLock(self.path / ".lock", timeout=0)
+                try:
+                    self._lock.acquire()
+                except Timeout:
+                    continue
+                return
+        except OSError as error:
+            raise StorageError(
+                f"{error.filename or self.run_folder}: cannot be written ({error.strerror}); "
+                "make room, or set KANTHA_HOME to another folder"
+            ) from None
+        raise SwarmError(f"{_SLOTS} volunteers named {username} run on this machine already; end one of them")
+
+    @property
+    def identity(self) -> PeerIdentity:
+        return PeerIdentity(self.path / "peer.key")
+
+    @property
+    def log(self) -> Path:
+        return self.path / "volunteer.log"

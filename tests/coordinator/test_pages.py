@@ -1,0 +1,208 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from kantha.coordinator.pages import SHOWN_ROUNDS, page_router
+from kantha.coordinator.status import RoundStatus, RunStatus, VolunteerStatus
+
+
+def make_volunteer(name: str, **changes: object) -> VolunteerStatus:
+    volunteer = VolunteerStatus(
+        name=name,
+        peer_id=f"peer of {name}",
+        state="training",
+        round=12,
+        samples_in_round=30,
+        samples=1234,
+        samples_per_second=5.25,
+        loss=6.875,
+        device="CPU, 2 cores",
+        seconds_since_seen=75,
+    )
+    return volunteer.model_copy(update=changes)
+
+
+def make_round(number: int, **changes: object) -> RoundStatus:
+    loss = 8 - number / 10
+    entry = RoundStatus(
+        round=number,
+        samples=260 + number,
+        loss=loss + 0.69,
+        mlm_loss=loss,
+        sop_loss=0.69,
+        volunteers=3,
+        finished=1.7e9 + number,
+        failed=False,
+    )
+    return entry.model_copy(update=changes)
+
+
+def make_status(**changes: object) -> RunStatus:
+    status = RunStatus(
+        name="Bengali ALBERT",
+        goal="An ALBERT for Bengali, trained by volunteers.",
+        fingerprint="0123abcd",
+        address="http://127.0.0.1:8080",
+        round=12,
+        target_batch_size=256,
+        samples_in_round=64,
+        samples=3198,
+        samples_per_second=21.5,
+        seconds_to_next_round=8.9,
+        failed_rounds=1,
+        checkpoint_round=10,
+        volunteers=[make_volunteer(name) for name in ["Asha", "Mitu", "রফিক"]],
+        rounds=[make_round(number, failed=number == 7) for number in range(1, 13)],
+    )
+    return status.model_copy(update=changes)
+
+
+def client_of(status: RunStatus) -> TestClient:
+    app = FastAPI()
+    app.include_router(page_router(lambda: status))
+    return TestClient(app)
+
+
+class Texts(HTMLParser):
+    """The text a reader sees, in order, and all tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append(" ".join(data.split()))
+
+
+def test_the_figures_are_in_the_page_without_javascript() -> None:
+    texts = Texts(client_of(make_status()).get("/").text).texts
+    expected = {
+        "Loss now": "7.49",
+        "Rounds done": "12",
+        "Samples so far": "3,198",
+        "Samples per second": "21.5",
+        "Volunteers now": "3",
+        "Next round in": "9 s",
+        "Failed rounds": "1",
+        "Newest checkpoint": "round 10",
+    }
+    assert {label: texts[texts.index(label) + 1] for label in expected} == expected
+    assert "Round 13: 64 of 256 samples" in texts
+    assert "Round 13 is under way with 3 volunteers." in texts
+    assert "kantha join http://127.0.0.1:8080 --name YOUR-NAME" in texts
+
+
+def test_every_volunteer_has_a_row() -> None:
+    texts = Texts(client_of(make_status()).get("/").text).texts
+    for name in ["Asha", "Mitu", "রফিক"]:
+        row = texts.index(name)
+        assert texts[row + 1 : row + 7] == ["training", "1,234", "5.2", "6.88", "CPU, 2 cores", "1 min 15 s ago"]
+
+
+def test_last_rounds_are_sentences_newest_first() -> None:
+    texts = Texts(client_of(make_status()).get("/").text).texts
+    sentences = [text for text in texts if re.match(r"Round \d+( failed.*)?: \d+ volunteer", text)]
+    assert len(sentences) == SHOWN_ROUNDS
+    assert sentences[0] == "Round 12: 3 volunteers, 272 samples, loss 7.49"
+    assert sentences[5].startswith("Round 7 failed, a part of the averaging was missing: 3 volunteers, 267 samples")
+
+
+def test_one_is_singular() -> None:
+    status = make_status(volunteers=[make_volunteer("Asha")], rounds=[make_round(1, volunteers=1, samples=1)])
+    texts = Texts(client_of(status).get("/").text).texts
+    assert "Round 1: 1 volunteer, 1 sample, loss 8.59" in texts
+    assert "Round 13 is under way with 1 volunteer." in texts
+
+
+def test_hostile_text_stays_text() -> None:
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    status = make_status(
+        name=hostile, goal=hostile, address=hostile, volunteers=[make_volunteer(hostile, state=hostile, device=hostile)]
+    )
+    seen = Texts(client_of(status).get("/").text)
+    assert seen.texts.count(hostile) == 5  # name, goal, and the volunteer's name, state and device
+    assert "img" not in [tag for tag, _ in seen.tags]
+    own_scripts = [attributes for tag, attributes in seen.tags if tag == "script"]
+    assert all("src" in attributes or attributes["type"] == "application/json" for attributes in own_scripts)
+
+
+def test_the_page_allows_nothing_from_elsewhere() -> None:
+    client = client_of(make_status())
+    page = client.get("/")
+    policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'self'"
+    assert policy["script-src"] == "'self'"
+    assert policy["frame-ancestors"] == "'none'"
+    sources = {source for value in policy.values() for source in value.split()}
+    assert sources == {"'self'", "'none'", "'unsafe-inline'"}
+    assert [name for name, value in policy.items() if "'unsafe-inline'" in value] == ["style-src"]
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["referrer-policy"] == "no-referrer"
+
+    for tag, attributes in Texts(page.text).tags:
+        assert not any(name.startswith("on") or name == "style" for name in attributes), (tag, attributes)
+        for link in [attributes.get("src"), attributes.get("href")]:
+            assert link is None or re.match(r"(static|api)/|#", link), (tag, link)
+
+
+def test_linked_files_exist_and_are_kept_by_the_browser() -> None:
+    client = client_of(make_status())
+    tags = Texts(client.get("/").text).tags
+    files = [a.get("src") or a["href"] for tag, a in tags if tag in ("script", "link") and ("src" in a or "href" in a)]
+    assert len(files) == 4
+    assert any(re.fullmatch(r"static/bokeh-[\d.]+\.min\.js", file) for file in files)
+    for file in files:
+        packed = client.get(f"/{file}")
+        assert packed.status_code == 200
+        assert packed.headers["content-encoding"] == "gzip"
+        assert "immutable" in packed.headers["cache-control"]
+        plain = client.get(f"/{file}", headers={"Accept-Encoding": "identity"})
+        assert "content-encoding" not in plain.headers
+        assert plain.content == packed.content
+
+
+@pytest.mark.parametrize("file", ["pages.py", "bokeh.js", "..%2Fpages.py", "%2Fetc%2Fpasswd"])
+def test_nothing_else_is_served(file: str) -> None:
+    assert client_of(make_status()).get(f"/static/{file}").status_code == 404
+
+
+def test_chart_data_has_equally_long_columns() -> None:
+    columns = client_of(make_status()).get("/chart-data").json()
+    assert set(columns) == {"round", "loss", "mlm_loss", "sop_loss", "samples", "volunteers", "outcome"}
+    assert {len(column) for column in columns.values()} == {12}
+    assert columns["round"] == list(range(1, 13))
+    assert [
+        number for number, outcome in zip(columns["round"], columns["outcome"], strict=True) if outcome == "failed"
+    ] == [7]
+
+
+def test_a_loss_that_is_not_a_number_is_said_and_not_drawn() -> None:
+    client = client_of(make_status(rounds=[make_round(1), make_round(2, loss=float("nan"))]))
+    assert client.get("/chart-data").json()["round"] == [1]
+    assert "Round 2: 3 volunteers, 262 samples, loss –" in Texts(client.get("/").text).texts
+
+
+def test_before_the_first_round() -> None:
+    status = make_status(
+        round=0, samples=0, failed_rounds=0, checkpoint_round=0, seconds_to_next_round=None, rounds=[], volunteers=[]
+    )
+    client = client_of(status)
+    seen = Texts(client.get("/").text)
+    text = " ".join(seen.texts)
+    assert "The first round is on its way: 64 of 256 samples ." in text
+    assert "Nobody is helping right now. Be the first: kantha join http://127.0.0.1:8080" in text
+    for label, value in {"Loss now": "–", "Next round in": "–", "Newest checkpoint": "none yet"}.items():
+        assert seen.texts[seen.texts.index(label) + 1] == value
+    hidden = {attributes.get("id") for _, attributes in seen.tags if "hidden" in attributes}
+    assert "helping" in hidden
+    assert not hidden & {"no-rounds", "no-volunteers"}
+    assert client.get("/chart-data").json()["round"] == []
