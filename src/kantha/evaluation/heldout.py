@@ -1,6 +1,7 @@
 """Measures on documents that no volunteer trains on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +34,7 @@ class FilledMask:
 
 def fill_masks(model_folder: Path, sentences: Sequence[str], guesses: int = 3) -> list[FilledMask]:
     """Mask the middle word of each sentence and let the exported model guess, by plain `transformers`."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # fill-mask does not use the sentence order head, and says so at length
-    try:
+    with quiet_transformers():
         fill = pipeline("fill-mask", model=str(model_folder), top_k=guesses)
         filled = []
         for sentence in sentences:
@@ -45,5 +44,16 @@ def fill_masks(model_folder: Path, sentences: Sequence[str], guesses: int = 3) -
             masked = " ".join(words)
             filled.append(FilledMask(masked, word, [guess["token_str"].strip() for guess in fill(masked)]))
         return filled
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no remark that fill-mask leaves the sentence order head unused."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
+        transformers_logging.enable_progress_bar()
         transformers_logging.set_verbosity(verbosity)

@@ -59,4 +59,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, spec: RunSpec) -> LambdaLR:
             return (round_number + 1) / (warmup + 1)
         return max(0.0, (total - round_number) / (total - warmup))
 
-    return LambdaLR(optimizer, factor)
+    schedule = LambdaLR(optimizer, factor)
+    # a replica that is loaded made its steps elsewhere; PyTorch would warn of a schedule that runs ahead
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    return schedule

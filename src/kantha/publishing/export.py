@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from kantha import __version__
 from kantha.corpus import SPECIAL_TOKENS, load_tokenizer
 from kantha.errors import RunDirectoryError, StorageError
+from kantha.evaluation import quiet_transformers
 from kantha.spec import RunSpec, load_spec
 from kantha.training import Replica
 from kantha.training.checkpoint import MANIFEST, list_checkpoints
@@ -63,13 +63,12 @@ def export_model(source: Path, out: Path) -> int:
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
     partial = out.with_name(f".partial-{out.name}")
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        replica.model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        with quiet_transformers():
+            replica.model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_card(spec, replica.round), encoding="utf-8")
         if out.exists():
             out.rmdir()
@@ -78,7 +77,6 @@ def export_model(source: Path, out: Path) -> int:
         raise StorageError(f"{out}: the model could not be written ({error}); make room, or choose another") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        transformers_logging.set_verbosity(verbosity)
     return replica.round
 
 

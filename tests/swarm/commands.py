@@ -1,0 +1,140 @@
+"""Starts `kantha` commands as real processes, and waits for what they do."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+
+from kantha.coordinator.status import RunStatus
+
+LEAVE_SECONDS = 60.0
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Wait until the condition holds; fails with `what` after the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.2)
+
+
+class Command:
+    """One running `kantha` command; its output goes to a file."""
+
+    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+        self.name = name
+        self.log = folder / f"{name}.log"
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "kantha", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "KANTHA_HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
+
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def family(self) -> list[psutil.Process]:
+        """This process and everything that it started."""
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children(recursive=True)]
+
+    def kill(self) -> None:
+        """As `kill -9`, and nothing of it may survive for long."""
+        family = self.family()
+        self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive, f"{self.name} was killed, but {alive} live on"
+
+    def leave(self) -> int:
+        """As Ctrl-C or `kill`: ask it to end, and return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=LEAVE_SECONDS)
+
+
+class Run:
+    """A served run, and the volunteers that a test starts."""
+
+    def __init__(self, folder: Path, run_dir: Path) -> None:
+        self.folder = folder
+        self.run_dir = run_dir
+        self.commands: list[Command] = []
+        self.url = ""
+
+    def serve(self, port: int = 0) -> Command:
+        command = self._start("coordinator", "serve", str(self.run_dir), "--port", str(port))
+        offset = len(command.output())
+
+        def answers() -> bool:
+            assert command.process.poll() is None, command.output()
+            lines = [line for line in command.output().splitlines() if line.startswith("the run's page: ")]
+            if lines:
+                self.url = lines[-1].split()[-1]
+            return bool(self.url) and self.status() is not None
+
+        wait_for(answers, 60, f"the coordinator answers ({command.output()[offset:]})")
+        return command
+
+    def join(self, name: str, *options: str) -> Command:
+        return self._start(name, "join", self.url, "--name", name, "--threads", "1", "--micro-batch", "4", *options)
+
+    def _start(self, name: str, *arguments: str) -> Command:
+        command = Command(self.folder, name, *arguments)
+        self.commands.append(command)
+        return command
+
+    def status(self) -> RunStatus | None:
+        try:
+            return RunStatus.model_validate_json(httpx.get(f"{self.url}/api/v1/status", timeout=5.0).content)
+        except (httpx.TransportError, ValueError):
+            return None
+
+    def wait_for_round(self, number: int, seconds: float) -> RunStatus:
+        wait_for(
+            lambda: (s := self.status()) and s.rounds and s.round >= number, seconds, f"round {number}\n{self.story()}"
+        )
+        status = self.status()
+        assert status is not None
+        return status
+
+    def wait_for_volunteer(self, name: str, seconds: float) -> None:
+        """Until samples of this volunteer count."""
+        wait_for(
+            lambda: (s := self.status()) and any(v.name == name and v.samples > 0 for v in s.volunteers),
+            seconds,
+            f"{name} contributes\n{self.story()}",
+        )
+
+    def story(self) -> str:
+        """What all of them said last, for the message of a failed test."""
+        return "\n".join(f"--- {c.name} ---\n{c.output()[-1500:]}" for c in self.commands)
+
+    def end(self) -> None:
+        for command in self.commands:
+            if command.process.poll() is None:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for process in command.family():
+                        process.kill()
+                command.process.wait()
+
+
+@contextlib.contextmanager
+def served(folder: Path, run_dir: Path) -> Iterator[Run]:
+    """A run whose processes have all ended when the block is left."""
+    run = Run(folder, run_dir)
+    try:
+        yield run
+    finally:
+        run.end()

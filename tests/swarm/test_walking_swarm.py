@@ -1,0 +1,129 @@
+"""The whole, with real processes: `kantha serve` and `kantha join`, killed and restarted."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import Run, served, wait_for
+
+from kantha.coordinator.ledger import Ledger
+from kantha.coordinator.rundir import RunDirectory
+from kantha.spec import DataSpec, FileSource, ModelSpec, OptimizerSpec, RunSpec, ScheduleSpec, SwarmSpec, TokenizerSpec
+from kantha.training.checkpoint import list_checkpoints, read_manifest
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(600)]
+
+_WORDS = ["আমি", "তুমি", "নদী", "পাখি", "গান", "ফুল", "আকাশ", "বাতাস", "বই", "গ্রাম", "মানুষ", "জল", "আলো", "মেঘ"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """A small run on made-up Bengali sentences; rounds of a few seconds."""
+    rng = random.Random(7)
+    sentences = [[" ".join(rng.choices(_WORDS, k=6)) + "।" for _ in range(4)] for _ in range(400)]
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(" ".join(document) for document in sentences), encoding="utf-8")
+    spec = RunSpec(
+        name="test run",
+        model=ModelSpec(
+            embedding_size=16, hidden_size=32, intermediate_size=64, layers=2, attention_heads=2, max_positions=32
+        ),
+        tokenizer=TokenizerSpec(vocab_size=200),
+        data=DataSpec(sources=(FileSource(kind="file", path=str(corpus)),), sequence_length=32, heldout_share=0.05),
+        optimizer=OptimizerSpec(learning_rate=1e-2),
+        schedule=ScheduleSpec(warmup_rounds=2, total_rounds=1_000),
+        swarm=SwarmSpec(target_batch_size=1_200, matchmaking_seconds=1.5, averaging_timeout=20.0, checkpoint_rounds=2),
+    )
+    run_dir = tmp_path / "run"
+    RunDirectory.create(run_dir, spec, lambda _: None)
+    with served(tmp_path, run_dir) as served_run:
+        yield served_run
+
+
+def test_a_swarm_survives_the_death_of_a_volunteer_and_of_its_coordinator(run: Run) -> None:
+    coordinator = run.serve()
+    page, port = run.url, int(run.url.rsplit(":", 1)[1])
+    first, second = run.join("Asha"), run.join("Rafiq")
+    run.wait_for_volunteer("Asha", 90)
+    run.wait_for_volunteer("Rafiq", 60)
+
+    # kill -9 of a volunteer costs at most one round
+    before = run.wait_for_round(3, 60)
+    second.kill()
+    after = run.wait_for_round(before.round + 3, 90)
+    assert after.failed_rounds - before.failed_rounds <= 1, run.story()
+    assert first.process.poll() is None
+
+    # one that joins later takes part within a minute
+    third = run.join("Mitu")
+    run.wait_for_volunteer("Mitu", 60)
+
+    # kill -9 of the coordinator: the volunteers go on, nothing is lost
+    known = run.status()
+    assert known is not None
+    peer_id = run_peer_id(run)
+    coordinator.kill()
+    rounds_said = first.output().count("\nround ")
+    wait_for(lambda: first.output().count("\nround ") >= rounds_said + 2, 90, f"rounds without it\n{run.story()}")
+    run.serve(port)
+    assert run.url == page
+    assert run_peer_id(run) == peer_id
+    again = run.wait_for_round(known.round + 3, 90)
+    samples = {r.round: r.samples for r in again.rounds}  # reports of the newest round may still have been under way
+    assert all(samples[r.round] >= r.samples for r in known.rounds)
+    assert first.process.poll() is None
+    assert third.process.poll() is None
+    wait_for(
+        lambda: (s := run.status()) and {v.name for v in s.volunteers} == {"Asha", "Mitu"}, 60, f"both\n{run.story()}"
+    )
+
+    # the rounds of its absence are in the ledger too, from the volunteers' reports
+    wait_for(
+        lambda: (s := run.status()) and [r.round for r in s.rounds] == list(range(1, s.rounds[-1].round + 1)),
+        30,
+        f"every round in the ledger\n{run.story()}",
+    )
+    assert first.leave() == 0, first.output()
+    assert third.leave() == 0, third.output()
+    assert "of your samples count" in first.output()
+
+
+def run_peer_id(run: Run) -> str:
+    return RunDirectory.open(run.run_dir).identity.peer_id
+
+
+def test_training_resumes_from_the_last_checkpoint_when_all_have_left(run: Run) -> None:
+    coordinator = run.serve()
+    volunteer = run.join("Asha")
+    reached = run.wait_for_round(3, 120).round
+    assert volunteer.leave() == 0, volunteer.output()
+    # what the last volunteer did is saved when it is gone
+    wait_for(lambda: (s := run.status()) and s.checkpoint_round >= reached, 60, f"a checkpoint\n{run.story()}")
+    assert coordinator.leave() == 0, coordinator.output()
+    saved = read_manifest(list_checkpoints(RunDirectory.open(run.run_dir).checkpoints)[0]).round
+
+    run.serve()
+    newcomer = run.join("Mitu")
+    status = run.wait_for_round(saved + 2, 120)
+    assert f"loading the state of round {saved}" in newcomer.output()
+    assert min(r.round for r in status.rounds if r.round > saved) == saved + 1
+    ledger = Ledger(RunDirectory.open(run.run_dir).ledger)
+    assert set(ledger.members().values()) == {"Asha", "Mitu"}
+    ledger.close()
+
+
+def test_volunteers_that_nobody_can_dial_train_through_the_coordinator(run: Run) -> None:
+    run.serve()
+    run.join("Asha", "--outbound-only")
+    run.join("Rafiq", "--outbound-only")
+    run.wait_for_volunteer("Asha", 90)
+    run.wait_for_volunteer("Rafiq", 60)
+    start = run.wait_for_round(3, 60)
+    late = run.join("Mitu", "--outbound-only")
+    run.wait_for_volunteer("Mitu", 60)
+    end = run.wait_for_round(start.round + 4, 90)
+    assert end.failed_rounds <= 1, run.story()
+    assert any(r.volunteers >= 3 for r in end.rounds), run.story()
+    assert end.checkpoint_round > 0
+    assert late.leave() == 0, late.output()
