@@ -198,13 +198,15 @@ def _watch(url: str, coordinator: _Child, people: Sequence[_Child], deadline: fl
             status = _status(url) or status
             if console.is_terminal:
                 live.update(_picture(status, people, url, left), refresh=True)
-            elif status is not None and status.rounds and status.round != shown:
-                shown, last = status.round, status.rounds[-1]
-                console.print(
-                    f"round {last.round}: {last.volunteers} volunteers, {last.samples} samples, loss {last.loss:.3f}"
-                    f"{' (failed)' if last.failed else ''}; {left:.0f} s left",
-                    markup=False,
-                )
+            elif status is not None:
+                # not the newest: reports of that one may still be under way
+                for done in (r for r in status.rounds[:-1] if r.round > shown):
+                    shown = done.round
+                    console.print(
+                        f"round {done.round}: {done.volunteers} volunteers, {done.samples} samples, "
+                        f"loss {done.loss:.3f}{' (failed)' if done.failed else ''}; {left:.0f} s left",
+                        markup=False,
+                    )
             time.sleep(1.0)
 
 

@@ -71,7 +71,7 @@ class Ledger:
     def members(self) -> dict[str, str]:
         """Username of every member, by peer id."""
         with Session(self._engine) as session:
-            return dict(session.execute(select(Member.peer_id, Member.username)).tuples().all())
+            return dict(session.execute(select(Member.peer_id, Member.username)).all())
 
     def add_rounds(self, peer_id: str, rounds: Iterable[RoundReport]) -> None:
         """Enter what a peer reports; what was entered before is left as it is."""
@@ -110,13 +110,13 @@ class Ledger:
                     finished=finished,
                     failed=not whole,
                 )
-                for number, count, mlm, sop, volunteers, finished, whole in session.execute(query).tuples()
+                for number, count, mlm, sop, volunteers, finished, whole in session.execute(query)
             ]
 
     def samples_by_peer(self) -> dict[str, int]:
         query = select(Contribution.peer_id, func.sum(Contribution.samples)).group_by(Contribution.peer_id)
         with Session(self._engine) as session:
-            return {peer: int(samples) for peer, samples in session.execute(query).tuples()}
+            return {peer: int(samples) for peer, samples in session.execute(query)}
 
     def close(self) -> None:
         self._engine.dispose()

@@ -64,7 +64,7 @@ class RunDirectory:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "keys").mkdir(parents=True)
-            say("training the tokenizer …")
+            say(f"training the tokenizer on up to {spec.tokenizer.training_documents:,} documents …")
             digest = save_tokenizer(train_tokenizer(spec), partial / TOKENIZER_FILE)
             spec = spec.model_copy(update={"tokenizer": spec.tokenizer.model_copy(update={"sha256": digest})})
             (partial / SPEC_FILE).write_text(dump_spec(spec), encoding="utf-8")

@@ -49,9 +49,13 @@ def serve(path: Path, host: str, port: int, p2p_port: int | None, say: Callable[
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: None)
         server.run(sockets=[listener])
-        say("stopping: saving a checkpoint, leaving the swarm …")
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.default_int_handler)
+        say("stopping: saving a checkpoint, leaving the swarm (Ctrl-C again ends at once) …")
     finally:
         coordinator.stop()
+    if coordinator.failure is not None:
+        raise coordinator.failure
     say("stopped")
 
 

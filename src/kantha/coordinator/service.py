@@ -5,6 +5,8 @@ ask for the status. Only `swarm` touches the replica.
 """
 
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -70,9 +72,12 @@ class Coordinator:
         self._averager = HivemindAverager(
             self._node, run.spec.swarm, self._replica.optimizer, self._replica.schedule, self._replica.round
         )
+        self._addresses = self._node.addresses()
+        self.failure: Exception | None = None
+        # daemons: a second Ctrl-C must end the program even while one of them waits for an averaging
         self._threads = [
-            threading.Thread(target=self._take_part, name="swarm"),
-            threading.Thread(target=self._collect, name="collect"),
+            threading.Thread(target=self._guarded, args=(work,), name=work.__name__, daemon=True)
+            for work in (self._take_part, self._collect)
         ]
 
     def start(self) -> None:
@@ -89,6 +94,14 @@ class Coordinator:
         self._node.close()
         self._ledger.close()
 
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """A thread that fails must not leave a coordinator behind that only looks alive: end the program."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  raised again by `serve`, in the main thread
+            self.failure = error
+            os.kill(os.getpid(), signal.SIGTERM)
+
     # ---- the swarm
 
     def _load_newest_checkpoint(self) -> int:
@@ -104,6 +117,8 @@ class Coordinator:
     def _take_part(self) -> None:
         averager = self._averager
         while not self._stop.wait(0.05):
+            if not (averager.is_alive() and self._node.is_alive()):
+                raise SwarmError("a swarm process of the coordinator ended unexpectedly; start `kantha serve` again")
             if averager.tick():
                 self._replica_is_newer = True
                 due = averager.round - self._checkpoint_round >= self.run.spec.swarm.checkpoint_rounds
@@ -187,7 +202,7 @@ class Coordinator:
             fingerprint=self.run.spec.fingerprint,
             spec=self.run.spec.model_dump(mode="json"),
             public_key=self._key.public_key,
-            bootstrap=self._node.addresses(),
+            bootstrap=self._addresses,
             tokenizer=RemoteFile(path=f"api/v1/{TOKENIZER_FILE}", **tokenizer.model_dump()),
             snapshot=Snapshot(
                 round=manifest.round,

@@ -49,4 +49,7 @@ class Engine(Protocol):
     def see_averagers(self, count: int) -> None:
         """Tell how many averagers (peers without gradients) are in the swarm now."""
 
+    def is_alive(self) -> bool:
+        """Whether the processes behind it still run; if not, it cannot finish another round."""
+
     def close(self) -> None: ...

@@ -212,6 +212,9 @@ class _Optimizer(hivemind.Optimizer):
             self.set_round(max(self.local_epoch, self.tracker.global_epoch))
             self.grad_averager.reset_accumulated_grads_()
 
+    def is_alive(self) -> bool:
+        return bool(self.state_averager.is_alive() and self.grad_averager.is_alive())
+
     def set_round(self, number: int) -> None:
         """Say which round the replica is at, after its tensors were loaded from elsewhere."""
         self.state_averager.local_epoch = number
@@ -274,6 +277,9 @@ class HivemindEngine:
     def see_averagers(self, count: int) -> None:
         self._optimizer.tracker.averagers = count
 
+    def is_alive(self) -> bool:
+        return self._optimizer.is_alive()
+
     def close(self) -> None:
         self._optimizer.shutdown()
 
@@ -332,6 +338,10 @@ class HivemindAverager:
         self._optimizer.set_round(max(self.round, swarm_round))
         self._share_state()
         return self.is_current
+
+    def is_alive(self) -> bool:
+        """Whether the processes behind it still run."""
+        return self._optimizer.is_alive()
 
     def _share_state(self) -> None:
         """Offer the replica to newcomers only while it is the swarm's."""

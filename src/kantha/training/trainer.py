@@ -1,7 +1,7 @@
 """Computes gradients of one batch after another on this machine's device."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -14,7 +14,7 @@ from kantha.spec import RunSpec
 
 @dataclass(frozen=True)
 class Gradients:
-    """What one batch gave: the mean gradient over `samples`, and the mean losses in nats."""
+    """The mean gradient over `samples` samples, and the mean losses in nats."""
 
     tensors: list[torch.Tensor]  # on the trainer's device, in the order of the model's parameters
     samples: int
@@ -58,19 +58,28 @@ class Trainer:
             for mine, theirs in zip(self._parameters, parameters, strict=True):
                 mine.copy_(theirs, non_blocking=True)
 
-    def compute(self, batch: Batch) -> Gradients | None:
-        """Gradients of one batch, valid until the next call; None where they are not finite and must not be used."""
-        batch = batch.to(self.device)
+    def compute(self, batches: Iterable[Batch]) -> Gradients | None:
+        """Gradients of some batches together, valid until the next call; None where they are not finite.
+
+        Raises `ValueError` where there is no batch.
+        """
         self._unscaler.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
-            losses = pretraining_losses(self._model, batch)
-        self._scaler.scale(losses.total).backward()
+        samples, mlm_loss_sum, sop_loss_sum = 0, 0.0, 0.0
+        for batch in batches:
+            with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
+                losses = pretraining_losses(self._model, batch.to(self.device))
+            self._scaler.scale(losses.total * batch.size).backward()
+            samples += batch.size
+            mlm_loss_sum += losses.mlm.item() * batch.size
+            sop_loss_sum += losses.sop.item() * batch.size
+        if samples == 0:
+            raise ValueError("no batch to compute gradients of")
         self._scaler.unscale_(self._unscaler)
-        tensors = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
-        finite = bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+        tensors = [torch.zeros_like(p) if p.grad is None else p.grad.div_(samples) for p in self._parameters]
+        finite = bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
         if self._scaler.is_enabled():
             self._scaler.step(self._unscaler)  # lr 0: only records whether the scale was too high
             self._scaler.update()
         if not finite:
             return None
-        return Gradients(tensors, batch.size, losses.mlm.item(), losses.sop.item())
+        return Gradients(tensors, samples, mlm_loss_sum / samples, sop_loss_sum / samples)

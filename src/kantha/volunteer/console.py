@@ -29,7 +29,6 @@ class VolunteerConsole:
         self._engine = engine
         self._console = console
         self._said = time.monotonic()
-        self._leaving = False
         self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> "VolunteerConsole":
@@ -61,10 +60,6 @@ class VolunteerConsole:
         elif not self._console.is_terminal and time.monotonic() - self._said > _PLAIN_SECONDS:
             self._print(f"{session.state}: {session.next_event(self._engine.progress())}")
 
-    def say_leaving(self) -> None:
-        self._leaving = True
-        self._print("leaving: finishing what is under way (press Ctrl-C again to leave at once)")
-
     def _print(self, line: str) -> None:
         self._said = time.monotonic()
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -81,7 +76,7 @@ class VolunteerConsole:
         facts.add_row("loss", "–" if session.loss is None else f"{session.loss:.3f}")
         if not session.coordinator_here:
             facts.add_row("", "the coordinator does not answer; training goes on without it")
-        facts.add_row("next", "leaving …" if self._leaving else session.next_event(progress))
+        facts.add_row("next", session.next_event(progress))
         bar = ProgressBar(total=progress.target, completed=min(session.swarm_samples, progress.target), width=50)
         body = Group(
             facts, bar, f"[dim]{session.swarm_samples} of {progress.target} samples · {self._url} · Ctrl-C leaves[/dim]"

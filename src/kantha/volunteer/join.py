@@ -3,22 +3,22 @@
 describe → membership → snapshot → swarm → ( batch → gradients → hand over )* → goodbye
 """
 
+import logging
 import platform
 import signal
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from rich.console import Console
 
 from kantha.api import RunDescription
-from kantha.corpus import ExampleStream, load_tokenizer
+from kantha.corpus import Batch, ExampleStream, load_tokenizer
 from kantha.errors import PlatformError, SwarmError
 from kantha.spec import RunSpec
 from kantha.swarm.engine import Engine
@@ -32,6 +32,8 @@ from kantha.volunteer.folders import PeerFolder
 from kantha.volunteer.session import Session
 
 _CPU_BATCH, _GPU_BATCH = 8, 32  # examples computed at once
+_HAND_OVER_SECONDS = 1.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,52 +51,51 @@ def join(url: str, options: JoinOptions, console: Console) -> None:
     check_platform()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with CoordinatorClient(url) as client:
-        description, spec = client.describe()
-        console.print(f"{spec.name}: {spec.goal}", markup=False, soft_wrap=True)
-        folder = PeerFolder(description.fingerprint, options.username)
-        log_to_file(folder.log)
-        identity = folder.identity
-        request_membership(client, description, identity, options.username, "local")
-        console.print(
-            f"let in as {options.username}; loading the state of round {description.snapshot.round}",
-            markup=False,
-            soft_wrap=True,
-        )
-        replica = fetch_replica(client, description, spec, folder, console)
-    tokenizer = load_tokenizer(folder.run_folder / "tokenizer.json", spec.tokenizer.sha256)
-    outbound_only = options.outbound_only
-    if outbound_only is None:
-        outbound_only = urlsplit(client.url).hostname not in ("127.0.0.1", "localhost", "::1")
-    node = Node(description.fingerprint, identity, bootstrap=description.bootstrap, outbound_only=outbound_only)
-    try:
-        engine = HivemindEngine(
-            node, spec.swarm, replica.parameters, replica.optimizer, replica.schedule, replica.round
-        )
-        try:
+    with _StopSignals(console) as signals:
+        with CoordinatorClient(url) as client:
+            description, spec = client.describe()
+            _say(console, f"{spec.name}: {spec.goal}")
+            folder = PeerFolder(description.fingerprint, options.username)
+            log_to_file(folder.log)
+            identity = folder.identity
+            request_membership(client, description, identity, options.username, "local")
+            _say(console, f"let in as {options.username}; loading the state of round {description.snapshot.round}")
+            replica = fetch_replica(client, description, spec, folder, console)
+        tokenizer = load_tokenizer(folder.run_folder / "tokenizer.json", spec.tokenizer.sha256)
+        outbound_only = options.outbound_only
+        if outbound_only is None:
+            outbound_only = urlsplit(client.url).hostname not in ("127.0.0.1", "localhost", "::1")
+        with (
+            closing(
+                Node(spec.fingerprint, identity, bootstrap=description.bootstrap, outbound_only=outbound_only)
+            ) as node,
+            closing(
+                HivemindEngine(node, spec.swarm, replica.parameters, replica.optimizer, replica.schedule, replica.round)
+            ) as engine,
+        ):
+            signals.install()
             # peers of one run differ in their keys, so the key seeds a walk through the data that is this peer's own
             stream = ExampleStream(spec, tokenizer, peer_seed=int.from_bytes(identity.peer_id.encode()[-6:]))
             device = choose_device()
             trainer = Trainer(spec, device)
-            session = Session(describe_device(device))
-            session.handed_over(None, engine.round)
             batch = options.micro_batch or (_GPU_BATCH if device.type == "cuda" else _CPU_BATCH)
+            session = Session(describe_device(device), engine.round)
             with (
                 VolunteerConsole(spec.name, client.url, options.username, session, engine, console) as screen,
-                _stop_signals(screen) as stop,
                 _Reporter(node, engine, session) as reporter,
             ):
-                train(stream, batch, trainer, engine, replica, session, screen, reporter, stop)
-        finally:
-            engine.close()
-    finally:
-        node.close()
-    console.print(
-        f"left after {(time.monotonic() - session.started) / 60:.1f} minutes: {session.counted} of your samples count. "
-        f"Thank you! `kantha join {url}` comes back any time.",
-        markup=False,
-        soft_wrap=True,
-    )
+                signals.training = True
+                train(stream, batch, trainer, engine, replica, session, screen, reporter, signals.stop)
+                signals.training = False
+        _say(
+            console,
+            f"left after {(time.monotonic() - session.started) / 60:.1f} minutes: {session.counted} of your samples "
+            f"count. Thank you! `kantha join {url}` comes back any time.",
+        )
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def train(
@@ -113,7 +114,7 @@ def train(
     while not stop.is_set():
         reporter.raise_if_failed()
         began = time.monotonic()
-        gradients = trainer.compute(stream.next_batch(batch_size))
+        gradients = trainer.compute(_batches(stream, batch_size))
         if gradients is None:
             continue
         session.computed(gradients, time.monotonic() - began)
@@ -121,6 +122,15 @@ def train(
         session.handed_over(result, engine.round)
         trainer.load(replica.parameters)
         screen.tick(round_ended=result is not None)
+
+
+def _batches(stream: ExampleStream, size: int) -> Iterator[Batch]:
+    """Batches for about a second: handing over costs a copy and a word to the swarm, however much is handed over."""
+    deadline = time.monotonic() + _HAND_OVER_SECONDS
+    while True:
+        yield stream.next_batch(size)
+        if time.monotonic() > deadline:
+            return
 
 
 def fetch_replica(
@@ -164,6 +174,7 @@ class _Reporter:
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
 
     def __enter__(self) -> "_Reporter":
+        self._exchange()
         self._thread.start()
         return self
 
@@ -176,52 +187,64 @@ class _Reporter:
             try:
                 self._node.publish(self._session.report())
             except SwarmError as error:
-                warnings.warn(f"the goodbye reached nobody: {error}", stacklevel=1)
+                _log.warning("the goodbye reached nobody: %s", error)
 
     def raise_if_failed(self) -> None:
         if self._error is not None:
             raise self._error
 
     def _run(self) -> None:
-        while True:
-            if not self._node.is_alive():
-                self._error = SwarmError("this machine's swarm process ended unexpectedly; join again")
+        while not self._stop.wait(RENEWAL):
+            if not (self._node.is_alive() and self._engine.is_alive()):
+                self._error = SwarmError("a swarm process of this machine ended unexpectedly; join again")
                 return
-            try:
-                self._node.publish(self._session.report())
-                self._roster.update(self._node.reports())
-            except SwarmError:
-                pass  # shown as an absent coordinator until it works again
-            trainers, averagers = self._roster.present("trainer"), self._roster.present("averager")
-            self._engine.see_averagers(len(averagers))
-            session = self._session
-            session.peers = len(trainers)
-            session.coordinator_here = bool(averagers)
-            session.swarm_speed = sum(report.samples_per_second for report, _ in trainers.values())
-            session.swarm_samples = sum(
-                report.samples for report, _ in trainers.values() if report.round == session.round
-            )
-            if not averagers:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Tell the swarm of this peer, and look who else is there."""
+        session = self._session
+        try:
+            self._node.publish(session.report())
+            self._roster.update(self._node.reports())
+            if not self._roster.present("averager"):
                 self._node.rejoin()
-            if self._stop.wait(RENEWAL):
-                return
+        except SwarmError as error:
+            _log.warning("%s", error)  # the console says that the coordinator does not answer
+        trainers, averagers = self._roster.present("trainer"), self._roster.present("averager")
+        self._engine.see_averagers(len(averagers))
+        session.peers = len(trainers)
+        session.coordinator_here = bool(averagers)
+        session.swarm_speed = sum(report.samples_per_second for report, _ in trainers.values())
+        session.swarm_samples = sum(report.samples for report, _ in trainers.values() if report.round == session.round)
 
 
-@contextmanager
-def _stop_signals(screen: VolunteerConsole) -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM ask the loop to end; a second one ends it at once. hivemind ignores SIGINT, so set it anew."""
-    stop = threading.Event()
+class _StopSignals:
+    """SIGINT and SIGTERM end the training loop after the batch under way; at other times, or twice, they end at once.
 
-    def ask(_signum: int, _frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        screen.say_leaving()
+    A context manager. hivemind ignores SIGINT in a process that makes an averager, so `install` again after that.
+    """
 
-    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
+    def __init__(self, console: Console) -> None:
+        self.stop = threading.Event()
+        self.training = False
+        self._console = console
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        self._before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
+        return self
+
+    def install(self) -> None:
+        for signum in self._before:
+            signal.signal(signum, self._ask)
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
             signal.signal(signum, handler)
-    sys.stdout.flush()
+
+    def _ask(self, _signum: int, _frame: object) -> None:
+        if not self.training or self.stop.is_set():
+            raise KeyboardInterrupt
+        self.stop.set()
+        self._console.print("leaving: finishing what is under way (Ctrl-C again leaves at once)", markup=False)

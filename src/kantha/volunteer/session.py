@@ -18,7 +18,7 @@ _WAITING = 0.5  # a hand-over of gradients that takes longer than this is an ave
 class Session:
     """Safe to use from several threads."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, round_number: int) -> None:
         self.device = device
         self.started = time.monotonic()
         self.swarm_speed = 0.0  # samples per second of all peers
@@ -32,8 +32,7 @@ class Session:
         self._handing_over: float | None = None
         self._left = False
         self.counted = 0  # samples in finished rounds
-        self._round = 0
-        self._start_round(0)
+        self._start_round(round_number)
 
     def _start_round(self, number: int) -> None:
         self._round = number

@@ -1,0 +1,159 @@
+"""A tiny run for all tests: generated Bengali text, a network of some thousand weights, everything on this machine."""
+
+import os
+import random
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is imported: no test asks it for anything
+
+import pytest
+import torch
+import uvicorn
+from tokenizers import Tokenizer
+
+from kantha.coordinator.app import build_app
+from kantha.coordinator.ledger import Ledger
+from kantha.coordinator.rundir import RunDirectory
+from kantha.coordinator.service import Coordinator
+from kantha.corpus import Batch, ExampleStream, load_tokenizer
+from kantha.spec import (
+    DataSpec,
+    FileSource,
+    ModelSpec,
+    OptimizerSpec,
+    RunSpec,
+    ScheduleSpec,
+    SwarmSpec,
+    TokenizerSpec,
+)
+from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.reports import Roster
+
+WHO = ["আমার ভাই", "ছোট মেয়েটি", "পাশের বাড়ির কাকা", "রহিম", "গ্রামের জেলে", "নতুন শিক্ষক", "সীমা", "বুড়ো মাঝি"]
+WHEN = ["আজ সকালে", "গতকাল বিকেলে", "প্রতিদিন", "বর্ষার রাতে", "শীতের দিনে", "মেলার শেষে"]
+WHAT = ["নদীর ঘাটে বসে", "পুরোনো বইটি", "লাল কাঁথা", "ইলিশ মাছ", "বাজার থেকে চাল", "স্কুলের মাঠে"]
+DID = ["খুঁজে পেল।", "দেখে হাসল!", "কিনে আনল।", "কি ভুলে গেল?", "যত্ন করে রাখল।", "নিয়ে এল।"]
+BOOTSTRAP = "/ip4/127.0.0.1/tcp/4001/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+
+
+@pytest.fixture(autouse=True)
+def _only_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No proxy stands between a test and loopback, and nobody's own files are touched."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("KANTHA_HOME", str(tmp_path / "kantha-home"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tmp_path_factory: pytest.TempPathFactory) -> RunSpec:
+    """A spec that nobody has created a run from yet."""
+    chance = random.Random(0)
+    documents = (
+        " ".join(chance.choice(part) for _ in range(chance.randint(2, 6)) for part in (WHO, WHEN, WHAT, DID))
+        for _ in range(200)
+    )
+    path = tmp_path_factory.mktemp("text") / "sentences.txt"
+    path.write_text("\n".join(documents), encoding="utf-8")
+    return RunSpec(
+        name="tiny",
+        goal="A model for tests.",
+        seed=7,
+        model=ModelSpec(
+            embedding_size=8, hidden_size=16, intermediate_size=32, layers=2, attention_heads=2, max_positions=32
+        ),
+        tokenizer=TokenizerSpec(vocab_size=200, training_documents=200),
+        data=DataSpec(
+            sources=(FileSource(kind="file", path=str(path)),), sequence_length=32, heldout_share=0.1, shuffle_buffer=10
+        ),
+        optimizer=OptimizerSpec(learning_rate=1e-2, beta2=0.98),
+        schedule=ScheduleSpec(warmup_rounds=4, total_rounds=100),
+        swarm=SwarmSpec(target_batch_size=64),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A created run, to look at only; its spec has the tokenizer's digest. `run_path` is a copy to change."""
+    return RunDirectory.create(tmp_path_factory.mktemp("runs") / "tiny", tiny_spec, lambda _: None)
+
+
+@pytest.fixture
+def run_path(tiny_run: RunDirectory, tmp_path: Path) -> Path:
+    """A created run that the test may do anything to."""
+    return Path(shutil.copytree(tiny_run.path, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_run: RunDirectory) -> Tokenizer:
+    return load_tokenizer(tiny_run.tokenizer, tiny_run.spec.tokenizer.sha256)
+
+
+@pytest.fixture(scope="session")
+def tiny_batches(tiny_spec: RunSpec, tiny_tokenizer: Tokenizer) -> list[Batch]:
+    """Three batches of four examples."""
+    stream = ExampleStream(tiny_spec, tiny_tokenizer, peer_seed=1)
+    return [stream.next_batch(4) for _ in range(3)]
+
+
+@pytest.fixture(scope="session")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> PeerIdentity:
+    """The key of a volunteer's peer."""
+    return PeerIdentity(tmp_path_factory.mktemp("identity") / "peer.key")
+
+
+@pytest.fixture(scope="session")
+def other_identity(tmp_path_factory: pytest.TempPathFactory) -> PeerIdentity:
+    return PeerIdentity(tmp_path_factory.mktemp("identity") / "peer.key")
+
+
+class _WebCoordinator(Coordinator):
+    """All of a coordinator that its web service asks; its swarm is only an address."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.address = "http://127.0.0.1:8600"
+        self._key = run.key()
+        self._ledger = Ledger(run.ledger)
+        self._roster = Roster()
+        self._status = None
+        self._lock = threading.Lock()
+        self._checkpoint_round = 0
+        self._node: Any = SimpleNamespace(addresses=lambda: [BOOTSTRAP])
+
+
+@pytest.fixture
+def web_coordinator(run_path: Path) -> Iterator[Coordinator]:
+    coordinator = _WebCoordinator(RunDirectory.open(run_path))
+    yield coordinator
+    coordinator._ledger.close()
+
+
+@pytest.fixture
+def coordinator_url(web_coordinator: Coordinator) -> Iterator[str]:
+    """The link of a run that is really served, on loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(build_app(web_coordinator), log_level="warning", proxy_headers=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port on which nobody answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

@@ -1,0 +1,207 @@
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from httpx import Response
+
+from kantha.api import RunDescription
+from kantha.coordinator.app import build_app
+from kantha.coordinator.service import Coordinator
+from kantha.coordinator.status import RunStatus
+from kantha.digests import FileDigest
+from kantha.spec import RunSpec
+from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.membership import Certificate, MembershipRequest
+
+HERE, ELSEWHERE = ("127.0.0.1", 1234), ("203.0.113.5", 1234)
+
+
+@pytest.fixture
+def local(web_coordinator: Coordinator) -> TestClient:
+    """A browser, or a volunteer, on the coordinator's own machine."""
+    return TestClient(build_app(web_coordinator), client=HERE)
+
+
+def ask(client: TestClient, request: MembershipRequest, headers: dict[str, str] | None = None) -> Response:
+    return client.post(
+        "/api/v1/memberships",
+        content=request.model_dump_json(),
+        headers={"Content-Type": "application/json", **(headers or {})},
+    )
+
+
+@pytest.fixture
+def wish(web_coordinator: Coordinator, identity: PeerIdentity) -> MembershipRequest:
+    return MembershipRequest.signed(identity, web_coordinator.run.spec.fingerprint, "আশা", "local")
+
+
+# ---- what everybody may see
+
+
+def test_the_run_is_described_with_digests_that_hold(
+    local: TestClient, web_coordinator: Coordinator, tmp_path: Path
+) -> None:
+    description = RunDescription.model_validate_json(local.get("/api/v1/run").content)
+    spec = RunSpec.model_validate(description.spec)
+    assert spec.fingerprint == description.fingerprint == web_coordinator.run.spec.fingerprint
+    assert description.public_key == web_coordinator.run.key().public_key
+    assert description.bootstrap
+    assert description.snapshot.round == 0
+    assert {"checkpoint.json", "model.safetensors", "optimizer.safetensors"} <= description.snapshot.files.keys()
+    for file in (description.tokenizer, *description.snapshot.files.values()):
+        target = tmp_path / "downloaded"
+        target.write_bytes(local.get(f"/{file.path}").content)
+        assert FileDigest(sha256=file.sha256, size=file.size).matches(target)
+    assert description.tokenizer.sha256 == spec.tokenizer.sha256
+
+
+def test_everybody_may_look_but_not_join(web_coordinator: Coordinator, wish: MembershipRequest) -> None:
+    stranger = TestClient(build_app(web_coordinator), client=ELSEWHERE)
+    for path in ("/", "/api/v1/run", "/api/v1/status", "/api/v1/tokenizer.json"):
+        assert stranger.get(path).status_code == 200
+    assert ask(stranger, wish).status_code == 403
+
+
+def test_the_status_and_the_page_are_those_of_this_run(local: TestClient, web_coordinator: Coordinator) -> None:
+    status = RunStatus.model_validate_json(local.get("/api/v1/status").content)
+    assert (status.name, status.round, status.target_batch_size) == ("tiny", 0, 64)
+    assert status.fingerprint == web_coordinator.run.spec.fingerprint
+    assert status.volunteers == []
+    assert "A model for tests." in local.get("/").text
+
+
+def test_a_download_can_go_on_where_it_broke_off(local: TestClient) -> None:
+    whole = local.get("/api/v1/checkpoints/0/model.safetensors").content
+    rest = local.get("/api/v1/checkpoints/0/model.safetensors", headers={"Range": "bytes=1000-"})
+    assert rest.status_code == 206
+    assert rest.content == whole[1000:]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "1/model.safetensors",
+        "-1/model.safetensors",
+        f"{10**300}/model.safetensors",
+        "0/other.bin",
+        "0/notes.txt",
+        "0/",
+    ],
+)
+def test_what_is_no_file_of_a_checkpoint_is_not_served(local: TestClient, web_coordinator: Coordinator, path: str) -> None:
+    (web_coordinator.run.checkpoints / "round-000000000" / "notes.txt").write_text("not for everybody")
+    assert local.get(f"/api/v1/checkpoints/{path}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "0/..%2f..%2fkeys%2frun.pem",
+        "0/%2e%2e%2f%2e%2e%2fkeys%2frun.pem",
+        "0/..%2f..%2frun.json",
+        "0/..%2f..%2fledger.sqlite",
+        "..%2f..%2fkeys/run.pem",
+        "0/../../keys/run.pem",
+        "0/..\\..\\keys\\run.pem",
+        "0/%2fetc%2fpasswd",
+        "0/..%2fround-000000000%2fmodel.safetensors",
+        "0/.",
+        "0/%00",
+    ],
+)
+def test_nothing_outside_of_the_checkpoints_is_served(local: TestClient, path: str) -> None:
+    response = local.get(f"/api/v1/checkpoints/{path}")
+    assert response.status_code in (404, 422)
+    assert b"PRIVATE KEY" not in response.content
+
+
+def test_a_damaged_checkpoint_is_not_served(local: TestClient, web_coordinator: Coordinator) -> None:
+    (web_coordinator.run.checkpoints / "round-000000000" / "checkpoint.json").write_text("{")
+    assert local.get("/api/v1/checkpoints/0/model.safetensors").status_code == 404
+
+
+# ---- who is let in
+
+
+def test_a_volunteer_on_this_machine_gets_a_certificate_that_holds(
+    local: TestClient, web_coordinator: Coordinator, wish: MembershipRequest, identity: PeerIdentity
+) -> None:
+    response = ask(local, wish)
+    assert response.status_code == 201
+    certificate = Certificate.model_validate_json(response.content)
+    run = web_coordinator.run
+    membership = certificate.verify(run.key().public_key, run.spec.fingerprint, identity.peer_id)
+    assert membership.username == "আশা"
+    assert web_coordinator._ledger.members() == {identity.peer_id: "আশা"}
+
+
+def test_ipv6_loopback_is_this_machine_too(web_coordinator: Coordinator, wish: MembershipRequest) -> None:
+    assert ask(TestClient(build_app(web_coordinator), client=("::1", 1234)), wish).status_code == 201
+
+
+@pytest.mark.parametrize("host", ["203.0.113.5", "10.0.0.7", "2001:db8::1", "localhost.example", "", "0.0.0.0"])
+def test_nobody_from_another_machine_is_let_in(
+    web_coordinator: Coordinator, wish: MembershipRequest, host: str
+) -> None:
+    response = ask(TestClient(build_app(web_coordinator), client=(host, 1234)), wish)
+    assert response.status_code == 403
+    assert "own machine" in response.json()["detail"]
+    assert web_coordinator._ledger.members() == {}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"X-Forwarded-For": "127.0.0.1"},
+        {"X-Forwarded-For": "203.0.113.5"},
+        {"X-Real-IP": "127.0.0.1"},
+        {"Forwarded": "for=127.0.0.1"},
+    ],
+)
+def test_nobody_is_let_in_through_a_proxy(
+    local: TestClient, web_coordinator: Coordinator, wish: MembershipRequest, header: dict[str, str]
+) -> None:
+    assert ask(local, wish, header).status_code == 403
+    assert web_coordinator._ledger.members() == {}
+
+
+def test_a_claim_to_come_from_here_helps_nobody(web_coordinator: Coordinator, wish: MembershipRequest) -> None:
+    stranger = TestClient(build_app(web_coordinator), client=ELSEWHERE)
+    assert ask(stranger, wish, {"X-Forwarded-For": "127.0.0.1", "Host": "localhost"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"username": "Rafiq"}, "not signed"),
+        ({"issued": 1}, "clock"),
+        ({"run": "0f" * 32}, "another run"),
+        ({"public_key": "garbage"}, "not signed"),
+        ({"public_key": "ssh-xyz AAAA"}, "not signed"),
+    ],
+)
+def test_a_request_that_does_not_hold_is_refused_with_a_reason(
+    local: TestClient, web_coordinator: Coordinator, wish: MembershipRequest, change: dict[str, object], reason: str
+) -> None:
+    response = ask(local, wish.model_copy(update=change))
+    assert response.status_code == 403
+    assert reason in response.json()["detail"]
+    assert web_coordinator._ledger.members() == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"username": ""},
+        {"username": "x" * 41},
+        {"username": "two\nlines"},
+        {"service": "moon"},
+        {"run": "0f"},
+        {"admin": True},
+    ],
+)
+def test_a_malformed_request_is_refused(
+    local: TestClient, web_coordinator: Coordinator, wish: MembershipRequest, change: dict[str, object]
+) -> None:
+    assert local.post("/api/v1/memberships", json=wish.model_dump() | change).status_code == 422
+    assert web_coordinator._ledger.members() == {}

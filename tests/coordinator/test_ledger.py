@@ -1,0 +1,145 @@
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kantha.coordinator.ledger import Ledger
+from kantha.swarm.membership import Membership
+from kantha.swarm.reports import RoundReport
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    yield ledger
+    ledger.close()
+
+
+def membership(peer_id: str, username: str, expires: int = 100) -> Membership:
+    return Membership(
+        run="0f" * 32,
+        username=username,
+        peer_id=peer_id,
+        service="local",
+        roles=("trainer",),
+        issued=0,
+        expires=expires,
+    )
+
+
+def report(number: int, samples: int, mlm: float = 5.0, sop: float = 0.5, whole: bool = True) -> RoundReport:
+    """What a peer with these mean losses says."""
+    return RoundReport(
+        round=number,
+        samples=samples,
+        seconds=1.0,
+        mlm_loss_sum=mlm * samples,
+        sop_loss_sum=sop * samples,
+        peers=2,
+        whole=whole,
+    )
+
+
+def test_a_round_is_entered_once_for_each_peer(ledger: Ledger) -> None:
+    for _ in range(2):
+        ledger.add_rounds("a", [report(1, 10), report(2, 20), report(2, 20)])
+    ledger.add_rounds("b", [report(2, 5)])
+    ledger.add_rounds("a", [report(2, 999), report(3, 30)])  # what was entered stays as it is
+    ledger.add_rounds("a", [])
+    assert [(entry.round, entry.samples, entry.volunteers) for entry in ledger.rounds()] == [
+        (1, 10, 1),
+        (2, 25, 2),
+        (3, 30, 1),
+    ]
+    assert ledger.samples_by_peer() == {"a": 60, "b": 5}
+
+
+def test_the_loss_of_a_round_is_the_mean_over_its_samples(ledger: Ledger) -> None:
+    ledger.add_rounds("a", [report(1, 30, mlm=4.0, sop=0.2)])
+    ledger.add_rounds("b", [report(1, 10, mlm=8.0, sop=0.6)])
+    [entry] = ledger.rounds()
+    assert entry.mlm_loss == pytest.approx(5.0)
+    assert entry.sop_loss == pytest.approx(0.3)
+    assert entry.loss == pytest.approx(5.3)
+
+
+def test_a_round_failed_if_a_part_of_it_is_missing_for_anyone(ledger: Ledger) -> None:
+    for peer in "abc":
+        ledger.add_rounds(peer, [report(1, 10), report(2, 10, whole=peer != "b"), report(3, 10, whole=False)])
+    assert [entry.failed for entry in ledger.rounds()] == [False, True, True]
+
+
+def test_a_peer_without_samples_in_a_round_changes_nothing(ledger: Ledger) -> None:
+    ledger.add_rounds("a", [report(1, 10, mlm=4.0)])
+    ledger.add_rounds("b", [report(1, 0), report(2, 0)])
+    [entry] = ledger.rounds()
+    assert (entry.round, entry.samples, entry.mlm_loss, entry.volunteers) == (1, 10, 4.0, 1)
+    assert ledger.samples_by_peer().get("b", 0) == 0
+
+
+def test_rounds_come_in_order_whenever_they_were_reported(ledger: Ledger) -> None:
+    for number in (10, 2, 33, 1):
+        ledger.add_rounds("a", [report(number, 1)])
+    entries = ledger.rounds()
+    assert [entry.round for entry in entries] == [1, 2, 10, 33]
+    assert len({entry.finished for entry in entries}) == 4
+
+
+def test_an_empty_ledger_has_nothing(ledger: Ledger) -> None:
+    assert ledger.rounds() == []
+    assert ledger.members() == {}
+    assert ledger.samples_by_peer() == {}
+
+
+def test_a_member_who_comes_back_is_the_same_member(ledger: Ledger) -> None:
+    ledger.add_member(membership("a", "আশা"))
+    ledger.add_member(membership("b", "Rafiq"))
+    ledger.add_member(membership("a", "Asha", expires=200))
+    assert ledger.members() == {"a": "Asha", "b": "Rafiq"}
+
+
+def test_the_ledger_outlives_the_program(tmp_path: Path) -> None:
+    first = Ledger(tmp_path / "ledger.sqlite")
+    first.add_member(membership("a", "Asha"))
+    first.add_rounds("a", [report(1, 10)])
+    first.close()
+    second = Ledger(tmp_path / "ledger.sqlite")
+    assert second.members() == {"a": "Asha"}
+    assert second.samples_by_peer() == {"a": 10}
+    second.close()
+
+
+def test_two_threads_may_write_while_a_third_reads(ledger: Ledger) -> None:
+    failures: list[Exception] = []
+    start, done = threading.Barrier(3), threading.Event()
+
+    def write(peer: str) -> None:
+        try:
+            start.wait(timeout=10)
+            for number in range(40):
+                ledger.add_rounds(peer, [report(number, 2)])
+                ledger.add_rounds("both", [report(number, 1)])
+                ledger.add_member(membership("both", peer))
+        except Exception as error:  # noqa: BLE001  told to the main thread
+            failures.append(error)
+
+    def read() -> None:
+        try:
+            start.wait(timeout=10)
+            while not done.is_set():
+                assert all(1 <= entry.samples <= 5 for entry in ledger.rounds())
+        except Exception as error:  # noqa: BLE001  told to the main thread
+            failures.append(error)
+
+    writers = [threading.Thread(target=write, args=(peer,)) for peer in ("a", "b")]
+    reader = threading.Thread(target=read)
+    for thread in (*writers, reader):
+        thread.start()
+    for thread in writers:
+        thread.join(timeout=30)
+    done.set()
+    reader.join(timeout=30)
+    assert failures == []
+    assert ledger.samples_by_peer() == {"a": 80, "b": 80, "both": 40}
+    assert ledger.members().keys() == {"both"}

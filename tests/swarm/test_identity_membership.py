@@ -1,0 +1,249 @@
+import os
+import stat
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from hivemind.p2p import PeerID
+
+from kantha.errors import MembershipError, SwarmError
+from kantha.swarm import membership
+from kantha.swarm.identity import PeerIdentity, peer_id_of, verify_signature
+from kantha.swarm.membership import CLOCK_SKEW, LIFETIME, Certificate, MembershipRequest, RunKey
+
+RUN, OTHER_RUN = "0f" * 32, "1e" * 32
+NO_RSA_KEYS = [
+    "",
+    "garbage",
+    "ssh-rsa",
+    "ssh-rsa AAAA",
+    "ssh-xyz AAAA",
+    "বাংলা",
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAINdamAGCsQq31Uv+08lkBzoO4XLz2qYjJa8CGmj3B1Ea",
+]
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, seconds_from_now: float) -> None:
+    now = time.time() + seconds_from_now
+    monkeypatch.setattr(membership, "time", SimpleNamespace(time=lambda: now))
+
+
+@pytest.fixture
+def run_key(tmp_path: Path) -> RunKey:
+    return RunKey.generate(tmp_path / "run.pem")
+
+
+@pytest.fixture
+def request_to_join(identity: PeerIdentity) -> MembershipRequest:
+    return MembershipRequest.signed(identity, RUN, "আশা", "kaggle")
+
+
+@pytest.fixture
+def certificate(run_key: RunKey, request_to_join: MembershipRequest, identity: PeerIdentity) -> Certificate:
+    return run_key.certify(request_to_join, identity.peer_id)
+
+
+# ---- identity
+
+
+def test_the_peer_id_is_the_one_that_hivemind_and_libp2p_use(identity: PeerIdentity) -> None:
+    theirs = PeerID.from_identity(identity.path.read_bytes()).to_base58()
+    assert identity.peer_id == theirs
+    assert peer_id_of(identity.public_key) == theirs
+
+
+def test_an_identity_is_made_once_and_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "peer.key"
+    umask = os.umask(0)
+    try:
+        first = PeerIdentity(path)
+    finally:
+        os.umask(umask)
+    assert mode(path) & 0o077 == 0
+    content = path.read_bytes()
+    again = PeerIdentity(path)
+    assert (again.peer_id, again.public_key) == (first.peer_id, first.public_key)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"no key at all", b"\x08\x00\x12\x03abc"])
+def test_a_damaged_identity_is_told_by_its_path(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "peer.key"
+    path.write_bytes(content)
+    with pytest.raises(SwarmError) as caught:
+        PeerIdentity(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_signature_holds_for_its_message_and_its_key_only(
+    identity: PeerIdentity, other_identity: PeerIdentity
+) -> None:
+    signature = identity.sign(b"message")
+    assert verify_signature(identity.public_key, b"message", signature)
+    assert not verify_signature(identity.public_key, b"messagf", signature)
+    assert not verify_signature(other_identity.public_key, b"message", signature)
+    assert not verify_signature(identity.public_key, b"message", other_identity.sign(b"message"))
+
+
+@pytest.mark.parametrize("signature", ["", "AAAA", "!not base64!", "বাংলা", "A" * 344])
+def test_garbage_is_no_signature(identity: PeerIdentity, signature: str) -> None:
+    assert verify_signature(identity.public_key, b"message", signature) is False
+
+
+@pytest.mark.parametrize("key", NO_RSA_KEYS)
+def test_what_is_no_rsa_key_has_no_peer_id(key: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  the message is that of the caller
+        peer_id_of(key)
+
+
+@pytest.mark.parametrize("key", NO_RSA_KEYS)
+def test_nothing_is_signed_by_what_is_no_rsa_key(identity: PeerIdentity, key: str) -> None:
+    assert verify_signature(key, b"message", identity.sign(b"message")) is False
+
+
+# ---- asking to be let in
+
+
+def test_a_request_tells_who_asks(request_to_join: MembershipRequest, identity: PeerIdentity) -> None:
+    sent = MembershipRequest.model_validate_json(request_to_join.model_dump_json())
+    assert sent.verified_peer_id() == identity.peer_id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": OTHER_RUN},
+        {"username": "আশা "},
+        {"service": "local"},
+        {"signature": ""},
+        {"signature": "AAAA"},
+    ],
+)
+def test_a_request_that_was_changed_is_refused(request_to_join: MembershipRequest, change: dict[str, object]) -> None:
+    with pytest.raises(MembershipError, match="not signed"):
+        request_to_join.model_copy(update=change).verified_peer_id()
+
+
+def test_a_request_cannot_be_made_younger(request_to_join: MembershipRequest) -> None:
+    with pytest.raises(MembershipError, match="not signed"):
+        request_to_join.model_copy(update={"issued": request_to_join.issued + 1}).verified_peer_id()
+
+
+def test_nobody_asks_with_the_key_of_another_peer(
+    request_to_join: MembershipRequest, other_identity: PeerIdentity
+) -> None:
+    with pytest.raises(MembershipError, match="not signed"):
+        request_to_join.model_copy(update={"public_key": other_identity.public_key}).verified_peer_id()
+
+
+def test_a_request_from_a_wrong_clock_is_told_the_difference(
+    request_to_join: MembershipRequest, identity: PeerIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for difference in (-CLOCK_SKEW - 40, CLOCK_SKEW + 40):
+        with monkeypatch.context() as patch, pytest.raises(MembershipError, match="clock") as caught:
+            set_clock(patch, difference)
+            request_to_join.verified_peer_id()
+        told = [int(word) for word in str(caught.value).split() if word.isdigit()]
+        assert abs(told[0] - abs(difference)) <= 2
+    for difference in (2 - CLOCK_SKEW, CLOCK_SKEW - 10):
+        set_clock(monkeypatch, difference)
+        assert request_to_join.verified_peer_id() == identity.peer_id
+
+
+def test_a_request_from_a_time_that_no_clock_shows_is_refused(request_to_join: MembershipRequest) -> None:
+    with pytest.raises(MembershipError):
+        request_to_join.model_copy(update={"issued": 10**400}).verified_peer_id()
+
+
+# ---- certificates
+
+
+def test_a_certificate_holds_for_its_run_and_peer(
+    certificate: Certificate, run_key: RunKey, identity: PeerIdentity
+) -> None:
+    sent = Certificate.model_validate_json(certificate.model_dump_json())
+    granted = sent.verify(run_key.public_key, RUN, identity.peer_id)
+    assert (granted.username, granted.service, granted.peer_id) == ("আশা", "kaggle", identity.peer_id)
+    assert granted.roles == ("trainer",)
+    assert granted.expires - granted.issued == LIFETIME
+
+
+def test_a_certificate_of_another_key_is_refused(
+    certificate: Certificate, identity: PeerIdentity, tmp_path: Path
+) -> None:
+    stranger = RunKey.generate(tmp_path / "stranger.pem").public_key
+    for key in (stranger, "", "zz", "00" * 32, "00" * 31):
+        with pytest.raises(MembershipError, match="not signed by the run's key"):
+            certificate.verify(key, RUN, identity.peer_id)
+
+
+@pytest.mark.parametrize(
+    "change", [{"username": "someone else"}, {"expires": 2**40}, {"roles": ("trainer", "averager")}, {"run": OTHER_RUN}]
+)
+def test_a_certificate_that_was_changed_is_refused(
+    certificate: Certificate, run_key: RunKey, identity: PeerIdentity, change: dict[str, object]
+) -> None:
+    forged = certificate.model_copy(update={"membership": certificate.membership.model_copy(update=change)})
+    with pytest.raises(MembershipError, match="not signed by the run's key"):
+        forged.verify(run_key.public_key, str(change.get("run", RUN)), identity.peer_id)
+
+
+def test_a_certificate_for_another_run_or_peer_is_refused(
+    certificate: Certificate, run_key: RunKey, identity: PeerIdentity, other_identity: PeerIdentity
+) -> None:
+    for run, peer in [(OTHER_RUN, identity.peer_id), (RUN, other_identity.peer_id)]:
+        with pytest.raises(MembershipError, match="another run or another peer"):
+            certificate.verify(run_key.public_key, run, peer)
+
+
+def test_a_certificate_holds_for_a_day(
+    certificate: Certificate, run_key: RunKey, identity: PeerIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds in (LIFETIME - 10, LIFETIME + CLOCK_SKEW - 10, -CLOCK_SKEW + 10):
+        set_clock(monkeypatch, seconds)
+        certificate.verify(run_key.public_key, RUN, identity.peer_id)
+    for seconds in (LIFETIME + CLOCK_SKEW + 10, -CLOCK_SKEW - 10):
+        set_clock(monkeypatch, seconds)
+        with pytest.raises(MembershipError, match="out of date"):
+            certificate.verify(run_key.public_key, RUN, identity.peer_id)
+
+
+# ---- the run's key
+
+
+def test_the_runs_key_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.pem"
+    umask = os.umask(0)
+    try:
+        key = RunKey.generate(path)
+    finally:
+        os.umask(umask)
+    assert mode(path) == 0o600
+    assert RunKey.load(path).public_key == key.public_key
+
+
+def test_the_runs_key_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "run.pem"
+    key = RunKey.generate(path)
+    with pytest.raises(FileExistsError):
+        RunKey.generate(path)
+    assert RunKey.load(path).public_key == key.public_key
+
+
+def test_a_file_that_holds_no_run_key_is_refused(tmp_path: Path) -> None:
+    rsa_key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    for content in (b"", b"garbage", rsa_key):
+        (tmp_path / "run.pem").write_bytes(content)
+        with pytest.raises(ValueError):  # noqa: PT011  the message is that of the caller
+            RunKey.load(tmp_path / "run.pem")
+    with pytest.raises(FileNotFoundError):
+        RunKey.load(tmp_path / "none.pem")
