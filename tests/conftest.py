@@ -7,14 +7,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is imported: no test asks it for anything
 
 import pytest
 import torch
 import uvicorn
+from fastapi import FastAPI
 from tokenizers import Tokenizer
 
 from kantha.coordinator.app import build_app
@@ -119,32 +118,50 @@ def other_identity(tmp_path_factory: pytest.TempPathFactory) -> PeerIdentity:
 
 
 class _WebCoordinator(Coordinator):
-    """All of a coordinator that its web service asks; its swarm is only an address."""
+    """All of a coordinator that its web service asks, and one run after the other; it has an address, but no swarm."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        self.run = run
+    def __init__(self) -> None:
         self.address = "http://127.0.0.1:8600"
+        self._addresses = [BOOTSTRAP]
+        self._lock = threading.Lock()
+
+    def take(self, run: RunDirectory) -> None:
+        self.run = run
         self._key = run.key()
         self._ledger = Ledger(run.ledger)
         self._roster = Roster()
         self._status = None
-        self._lock = threading.Lock()
         self._checkpoint_round = 0
-        self._node: Any = SimpleNamespace(addresses=lambda: [BOOTSTRAP])
+
+
+@pytest.fixture(scope="session")
+def _web_coordinator() -> _WebCoordinator:
+    return _WebCoordinator()
 
 
 @pytest.fixture
-def web_coordinator(run_path: Path) -> Iterator[Coordinator]:
-    coordinator = _WebCoordinator(RunDirectory.open(run_path))
-    yield coordinator
-    coordinator._ledger.close()
+def web_coordinator(_web_coordinator: _WebCoordinator, run_path: Path) -> Iterator[Coordinator]:
+    _web_coordinator.take(RunDirectory.open(run_path))
+    yield _web_coordinator
+    _web_coordinator._ledger.close()
+
+
+@pytest.fixture(scope="session")
+def _web_app(_web_coordinator: _WebCoordinator) -> FastAPI:
+    return build_app(_web_coordinator)  # once: compressing the page's scripts takes its time
 
 
 @pytest.fixture
-def coordinator_url(web_coordinator: Coordinator) -> Iterator[str]:
+def web_app(_web_app: FastAPI, web_coordinator: Coordinator) -> FastAPI:
+    """The web service of `web_coordinator`."""
+    return _web_app
+
+
+@pytest.fixture
+def coordinator_url(web_app: FastAPI) -> Iterator[str]:
     """The link of a run that is really served, on loopback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(build_app(web_coordinator), log_level="warning", proxy_headers=False))
+        server = uvicorn.Server(uvicorn.Config(web_app, log_level="warning", proxy_headers=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

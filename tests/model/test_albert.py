@@ -45,7 +45,9 @@ def test_padding_changes_no_loss(tiny_spec: RunSpec, tiny_batches: list[Batch]) 
     padded = Batch(ids, attention, segments, batch.masked_positions[inside], batch.masked_labels[inside], batch.swapped)
     rows, columns = padded.masked_positions // width, padded.masked_positions % width
     cut = Batch(
-        *(t[:, : width - 4] for t in (ids, attention, segments)),
+        ids[:, : width - 4],
+        attention[:, : width - 4],
+        segments[:, : width - 4],
         rows * (width - 4) + columns,
         padded.masked_labels,
         batch.swapped,

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from kantha.spec import OptimizerSpec, RunSpec, ScheduleSpec
 
 
 def with_optimizer(spec: RunSpec, **values: float) -> RunSpec:
-    return spec.model_copy(update={"optimizer": OptimizerSpec(**values)})  # type: ignore[arg-type]
+    return spec.model_copy(update={"optimizer": OptimizerSpec(**values)})
 
 
 def with_schedule(spec: RunSpec, warmup: int, total: int) -> RunSpec:
@@ -97,7 +99,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(tiny_spec: RunSpe
     assert rates[4] == pytest.approx(0.5)
     assert rates[8] == pytest.approx(0.25)
     assert rates[12:] == [0.0, 0.0, 0.0]
-    steps = [after - before for before, after in zip(rates, rates[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(rates)]
     assert steps[:4] == pytest.approx([0.1] * 4)
     assert steps[4:12] == pytest.approx([-0.0625] * 8)
 

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_every_field_has_a_description_that_stands_above_it() -> None:
     ]
     assert silent == []
     lines = dump_spec(ALL_SOURCES).splitlines()
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in pairwise(lines):
         field = line.strip().removeprefix("- ").partition(":")[0]
         if line and not line.lstrip().startswith("#") and field not in ("kind", "local", "kaggle", "colab"):
             assert above.lstrip().startswith("# ") or "kind:" in above, line
@@ -150,6 +151,13 @@ def test_the_fingerprint_does_not_depend_on_how_the_yaml_is_written() -> None:
     assert parse_spec(dump_spec(plain), "c").fingerprint == plain.fingerprint
 
 
+def test_what_was_left_at_its_default_counts_too() -> None:
+    """Or two versions with different defaults would read different specs under one fingerprint."""
+    canonical = json.loads(parse_spec(SMALLEST, "run.yaml").canonical())
+    assert canonical == RunSpec.model_validate(canonical).model_dump(mode="json")
+    assert canonical["swarm"]["matchmaking_seconds"] == 15.0
+
+
 def test_a_spec_sent_as_json_keeps_its_fingerprint() -> None:
     for spec in [*PRESETS.values(), ALL_SOURCES]:
         sent = json.loads(json.dumps(spec.model_dump(mode="json")))
@@ -185,6 +193,11 @@ def test_a_mistake_is_told_with_its_place(addition: str, place: str, what: str) 
     assert problem.startswith(place)
     assert what in problem
     assert "\n" not in problem
+
+
+def test_a_mistake_in_the_only_source_is_one_mistake() -> None:
+    [problem] = problems("name: x\ndata:\n  sources:\n  - kind: file\n")
+    assert problem == "line 4: data.sources[0].path: is missing"
 
 
 def test_a_missing_field_is_told_with_the_part_it_belongs_to() -> None:

@@ -13,7 +13,7 @@ from kantha.swarm import reports
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.reports import LEFT, PRESENT, ROUNDS_KEPT, Report, ReportSchema, Roster
 
-ROUND = {
+ROUND: dict[str, Any] = {
     "round": 3,
     "samples": 64,
     "seconds": 2.5,
@@ -22,7 +22,7 @@ ROUND = {
     "peers": 3,
     "whole": True,
 }
-REPORT = {
+REPORT: dict[str, Any] = {
     "time": 1.7e9,
     "role": "trainer",
     "state": "training",
@@ -73,7 +73,7 @@ BAD_ROUNDS = [
     {"whole": 1},
     {"whole": None},
 ]
-CHANGES = [*BAD_REPORTS, *({"rounds": [{**ROUND, **change}]} for change in BAD_ROUNDS)]
+CHANGES: list[dict[str, Any]] = [*BAD_REPORTS, *({"rounds": [{**ROUND, **change}]} for change in BAD_ROUNDS)]
 
 
 def test_a_report_arrives_as_it_was_sent() -> None:
@@ -128,6 +128,12 @@ def test_a_malformed_report_is_not_stored(
 
 def test_an_unsigned_report_is_not_stored(identity: PeerIdentity, other_identity: PeerIdentity) -> None:
     assert not validator(other_identity).validate(record(identity, REPORT))
+
+
+def test_a_report_of_nobody_is_not_stored(identity: PeerIdentity, other_identity: PeerIdentity) -> None:
+    plain = record(identity, REPORT)
+    anonymous = DHTRecord(plain.key, MSGPackSerializer.dumps(b"somebody"), plain.value, plain.expiration_time)
+    assert not validator(other_identity).validate(anonymous)
 
 
 def test_nobody_stores_a_report_in_the_name_of_another(identity: PeerIdentity, other_identity: PeerIdentity) -> None:

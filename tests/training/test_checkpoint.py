@@ -136,7 +136,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(saved: Path, tiny_spec: RunSp
         Replica(tiny_spec).load(saved)
 
 
-def swap_model(saved: Path, content: Callable[[Path], None]) -> None:
+def swap_model(saved: Path, content: Callable[[Path], object]) -> None:
     """Another model file, and a manifest that vouches for it."""
     content(saved / MODEL_FILE)
     digest = digest_of(saved / MODEL_FILE)
@@ -184,7 +184,7 @@ def test_a_checkpoint_is_invisible_until_every_file_is_on_the_disk(
 
     def watch(descriptor: int) -> None:
         visible = bool(list_checkpoints(tmp_path))
-        flushed.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, visible))
+        flushed.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, visible))
         flush(descriptor)
 
     monkeypatch.setattr(os, "fsync", watch)

@@ -13,10 +13,11 @@ Differences from hivemind's own behaviour, each because of what it does otherwis
 * fetching the state gives up after some attempts (hivemind: never).
 """
 
+import asyncio
 import logging
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import hivemind
@@ -26,6 +27,8 @@ from hivemind.compression import CompressionBase, Float16Compression, NoCompress
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.progress_tracker import GlobalTrainingProgress, ProgressTracker
 from hivemind.optim.state_averager import TrainingStateAverager
+from hivemind.p2p import P2PContext
+from hivemind.proto import averaging_pb2
 from hivemind.utils import ValueWithExpiration
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -36,6 +39,7 @@ from kantha.swarm.node import Node
 from kantha.swarm.reports import PRESENT
 
 _STATE_ATTEMPTS = 4  # downloads of the swarm's state before a peer gives up
+_LINGER = 0.25  # seconds that a streamed answer stays open after its last message
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # averaged together with the parameters
 _log = logging.getLogger(__name__)
 
@@ -47,7 +51,12 @@ _COMPRESSION: dict[str, Callable[[], CompressionBase]] = {
 
 
 class _Verified(DecentralizedAverager):
-    """An averager that tells, across its process border, whether the last all-reduce was whole."""
+    """An averager that tells, across its process border, whether the last all-reduce was whole.
+
+    Its streamed answers linger. p2pd resets a stream as soon as the answering side has closed it, and a reset throws
+    away what the asking side's p2pd has not read yet: on a busy machine the last message of an answer is lost now and
+    then, which may be the only part of an all-reduce, or the word that a group has begun.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._outcome = multiprocessing.Array("q", 3)  # all-reduces done, peers in the last, whether it was whole
@@ -64,6 +73,27 @@ class _Verified(DecentralizedAverager):
         finally:
             with self._outcome.get_lock():
                 self._outcome[:] = [self._outcome[0] + 1, group_info.group_size, whole]
+
+    async def rpc_join_group(
+        self, request: averaging_pb2.JoinRequest, context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.MessageFromLeader]:
+        async for message in super().rpc_join_group(request, context):
+            yield message
+        await asyncio.sleep(_LINGER)
+
+    async def rpc_aggregate_part(
+        self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.AveragingData]:
+        async for message in super().rpc_aggregate_part(stream, context):
+            yield message
+        await asyncio.sleep(_LINGER)
+
+    async def rpc_download_state(
+        self, request: averaging_pb2.DownloadRequest, context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.DownloadData]:
+        async for message in super().rpc_download_state(request, context):
+            yield message
+        await asyncio.sleep(_LINGER)
 
     def outcome(self) -> tuple[int, int, bool]:
         """(all-reduces done so far, peers in the last one, whether it was whole)."""
@@ -116,8 +146,8 @@ class _Optimizer(hivemind.Optimizer):
             "min_matchmaking_time": settings.matchmaking_seconds,
             "request_timeout": min(3.0, settings.matchmaking_seconds / 2),
             "allreduce_timeout": settings.averaging_timeout,
-            # a peer that sends nothing for this long is out of the group
-            "next_chunk_timeout": max(5.0, settings.averaging_timeout / 6),
+            # a peer that sends nothing for this long is out of the group; one that is busy computing must not be
+            "next_chunk_timeout": max(10.0, settings.averaging_timeout / 3),
         }
         super().__init__(
             dht=node.dht,
@@ -170,8 +200,13 @@ class _Optimizer(hivemind.Optimizer):
         )
 
     def _update_global_epoch(self, grad_scaler: None) -> None:
+        syncs, _, _ = self.state_averager.outcome()
         super()._update_global_epoch(grad_scaler)
         self.updates += 1
+        done, _, whole = self.state_averager.outcome()
+        if done > syncs and not whole:
+            _log.warning("round %d: a part was missing when replicas were reconciled", self.local_epoch)
+            self.whole = False
 
     def _begin_averaging_gradients(self, grad_scaler: None) -> bool:
         began = bool(super()._begin_averaging_gradients(grad_scaler))

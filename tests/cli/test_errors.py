@@ -1,0 +1,208 @@
+"""Every error is one line on stderr and an exit code that docs/exit-codes.md explains."""
+
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kantha import errors
+from kantha.cli import main as command_line
+from kantha.errors import KanthaError
+from kantha.spec import PRESETS, load_spec
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "exit-codes.md"
+BAD_SPEC = "name: x\nseed: many\nmodel:\n  layers: 0\ndata:\n  sources:\n  - kind: shobdo\n  - kind: newspaper\n"
+
+
+def all_errors(base: type[KanthaError] = KanthaError) -> Iterator[type[KanthaError]]:
+    yield base
+    for error in base.__subclasses__():
+        if error.__module__.startswith("kantha"):
+            yield from all_errors(error)
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+Kantha = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def kantha(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kantha:
+    """Runs the entry point of the `kantha` command; returns exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kantha", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            command_line.main()
+        captured = capsys.readouterr()
+        code = exited.value.code
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+    return run
+
+
+def process(*arguments: object) -> tuple[int, str, str]:
+    """The same in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kantha", *map(str, arguments)], capture_output=True, text=True, timeout=200, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def assert_one_line(error: str, *parts: str) -> None:
+    lines = error.splitlines()
+    assert len(lines) == 1, error
+    assert lines[0].startswith("kantha: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+# ---- as the shell sees it
+
+
+def test_joining_where_nobody_answers(free_port: int) -> None:
+    url = f"http://127.0.0.1:{free_port}"
+    code, _, error = process("join", url)
+    assert code == 20
+    assert_one_line(error, url, "check the address")
+
+
+def test_serving_on_a_port_that_is_taken(run_path: Path, taken_port: int) -> None:
+    code, _, error = process("serve", run_path, "--port", taken_port)
+    assert code == 15
+    assert_one_line(error, f"port {taken_port}", "--port")
+
+
+# ---- the same entry point, without a process
+
+
+def test_serving_what_is_no_run(kantha: Kantha, tmp_path: Path) -> None:
+    code, _, error = kantha("serve", tmp_path / "none")
+    assert code == 11
+    assert_one_line(error, str(tmp_path / "none"), "kantha create")
+
+
+def test_serving_a_run_of_a_newer_kantha(kantha: Kantha, run_path: Path) -> None:
+    (run_path / "run.json").write_text('{"format": 99}')
+    code, _, error = kantha("serve", run_path)
+    assert code == 12
+    assert_one_line(error, "pip install --upgrade kantha")
+
+
+@pytest.mark.parametrize("option", ["--port", "--p2p-port"])
+@pytest.mark.parametrize("port", [65_536, -1])
+def test_serving_on_a_port_that_does_not_exist(
+    kantha: Kantha, run_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, port: int
+) -> None:
+    monkeypatch.setattr("kantha.coordinator.serve.log_to_file", lambda _: None)  # it would redirect this process's log
+    other = "--p2p-port" if option == "--port" else "--port"
+    code, _, error = kantha("serve", run_path, other, 0, f"{option}={port}")
+    assert code in (2, 15)
+    assert option in error
+    assert "Traceback" not in error
+
+
+def test_creating_from_a_bad_spec_tells_every_mistake(kantha: Kantha, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BAD_SPEC)
+    code, _, error = kantha("create", path, tmp_path / "run")
+    assert code == 10
+    first, *others = error.splitlines()
+    lines = [first.removeprefix("kantha: "), *others]
+    places = [line.removeprefix(f"{path}: ").split(" ")[:3] for line in lines]
+    assert places == [["line", "2:", "seed:"], ["line", "4:", "model.layers:"], ["line", "8:", "data.sources[1]:"]]
+    assert not (tmp_path / "run").exists()
+
+
+def test_creating_from_no_file(kantha: Kantha, tmp_path: Path) -> None:
+    code, _, error = kantha("create", tmp_path / "none.yaml", tmp_path / "run")
+    assert code == 10
+    assert_one_line(error, "none.yaml", "kantha init")
+
+
+def test_creating_without_text(kantha: Kantha, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\ndata: {sources: [{kind: file, path: gone.txt}]}\n")
+    code, _, error = kantha("create", path, tmp_path / "run")
+    assert code == 13
+    assert_one_line(error, "gone.txt")
+
+
+def test_exporting_what_is_no_run(kantha: Kantha, tmp_path: Path) -> None:
+    code, _, error = kantha("export", tmp_path, tmp_path / "model")
+    assert code == 11
+    assert_one_line(error, str(tmp_path))
+
+
+def test_joining_a_page_of_another_kind(kantha: Kantha) -> None:
+    code, _, error = kantha("join", "ftp://example.org")
+    assert code == 20
+    assert_one_line(error, "ftp://example.org")
+
+
+def test_a_path_with_markup_or_a_long_name_stays_one_line_as_it_is(kantha: Kantha, tmp_path: Path) -> None:
+    path = tmp_path / "[bold]" / ("long name " * 20)
+    code, _, error = kantha("export", path, tmp_path / "model")
+    assert code == 11
+    assert_one_line(error, str(path))
+
+
+def test_a_wrong_command_line(kantha: Kantha) -> None:
+    for arguments in (["dance"], ["join"], ["join", "x", "--threads", "0"], ["init", "--preset", "none"]):
+        code, _, error = kantha(*arguments)
+        assert code == 2
+        assert "Traceback" not in error
+
+
+def test_ctrl_c(kantha: Kantha, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "load_spec", interrupted)
+    code, _, error = kantha("create", tmp_path / "run.yaml", tmp_path / "run")
+    assert code == 130
+    assert "Traceback" not in error
+
+
+def test_a_new_spec_can_be_used_and_is_not_overwritten(kantha: Kantha, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    code, out, error = kantha("init", path, "--preset", "albert-base")
+    assert (code, error) == (0, "")
+    assert str(path) in out
+    assert load_spec(path) == PRESETS["albert-base"]
+    code, _, error = kantha("init", path)
+    assert code == 10
+    assert_one_line(error, str(path), "exists already")
+    assert load_spec(path) == PRESETS["albert-base"]
+
+
+# ---- the codes
+
+
+def test_no_two_errors_share_an_exit_code() -> None:
+    codes = [error.exit_code for error in all_errors()]
+    assert len(codes) > 10
+    assert len(set(codes)) == len(codes)
+    assert not {0, 2, 130} & set(codes)  # success, usage, Ctrl-C
+    assert all(0 < code < 126 for code in codes)
+
+
+def test_every_exit_code_is_explained() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\d+) — (.+)\n(?!\n*(?:## |\Z))", text, re.MULTILINE))
+    for error in all_errors():
+        assert sections.pop(str(error.exit_code), None) == error.__name__
+    assert sections.keys() <= {"0", "2", "130"}
+
+
+def test_the_overview_in_the_source_is_true() -> None:
+    listed = dict(re.findall(r"[├└]── (\w+) +(\d+)  ", errors.__doc__ or ""))
+    assert listed == {error.__name__: str(error.exit_code) for error in all_errors() if error is not KanthaError}

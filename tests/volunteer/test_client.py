@@ -1,0 +1,487 @@
+"""The volunteer's client against a real coordinator's web service, and against everything else that may answer."""
+
+import hashlib
+import http.server
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from kantha.api import RemoteFile, RunDescription
+from kantha.coordinator.service import Coordinator
+from kantha.errors import (
+    DigestError,
+    FingerprintError,
+    KanthaError,
+    MembershipError,
+    NotACoordinatorError,
+    StorageError,
+    UnreachableError,
+)
+from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.membership import MembershipRequest, RunKey
+from kantha.training import Replica
+from kantha.volunteer.client import CoordinatorClient, request_membership
+from kantha.volunteer.folders import PeerFolder
+from kantha.volunteer.join import fetch_replica
+
+CONTENT = bytes(range(256)) * 400
+DEADLINE = 30.0
+
+
+class Request(http.server.BaseHTTPRequestHandler):
+    server: "Server"
+
+    def do_GET(self) -> None:
+        self.server.ranges.append(self.headers.get("Range"))
+        self.server.answer(self)
+
+    do_POST = do_GET
+
+    def say(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Any web server; `answer` decides what it says."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Request)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.ranges: list[str | None] = []
+        self.answer: Callable[[Request], None] = lambda request: request.say(b"not found", 404)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+class ShakyFile:
+    """A file, sent from where it was asked for; a connection breaks after so many bytes, if `breaks` has any left."""
+
+    def __init__(self, content: bytes, *breaks: int) -> None:
+        self.content = content
+        self.breaks = list(breaks)
+
+    def __call__(self, request: Request) -> None:
+        asked = request.headers.get("Range")
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        if start >= len(self.content):
+            return request.say(b"", 416)
+        body = self.content[start:]
+        sent = body[: self.breaks.pop(0)] if self.breaks else body
+        request.say(sent, 206 if asked else 200, {"Content-Length": str(len(body))})
+        request.close_connection = True
+        return None
+
+
+def announced(content: bytes = CONTENT) -> RemoteFile:
+    return RemoteFile(path="files/model", sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+
+
+def describe(url: str) -> None:
+    with CoordinatorClient(url) as client:
+        client.describe()
+
+
+# ---- a coordinator
+
+
+def test_a_run_is_described_joined_and_fetched(
+    coordinator_url: str, web_coordinator: Coordinator, identity: PeerIdentity
+) -> None:
+    run = web_coordinator.run
+    newer = Replica(run.spec)
+    with torch.no_grad():
+        for parameter in newer.parameters:
+            parameter.add_(0.25)
+    run.save_checkpoint(newer, 4)
+    folder = PeerFolder(run.spec.fingerprint, "আশা")
+    with CoordinatorClient(coordinator_url + "/") as client:
+        description, spec = client.describe()
+        assert spec == run.spec
+        certificate = request_membership(client, description, identity, "আশা", "local")
+        assert certificate.membership.peer_id == identity.peer_id
+        replica = fetch_replica(client, description, spec, folder, Console(quiet=True))
+    assert replica.round == 4
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(replica.parameters, newer.parameters, strict=True))
+    assert (folder.run_folder / "tokenizer.json").read_bytes() == run.tokenizer.read_bytes()
+    assert web_coordinator._ledger.members() == {identity.peer_id: "আশা"}
+
+
+def test_what_is_here_already_is_not_downloaded_again(coordinator_url: str, web_coordinator: Coordinator) -> None:
+    folder = PeerFolder(web_coordinator.run.spec.fingerprint, "Asha")
+    with CoordinatorClient(coordinator_url) as client:
+        description, spec = client.describe()
+        fetch_replica(client, description, spec, folder, Console(quiet=True))
+        before = {path: path.stat().st_ino for path in folder.run_folder.rglob("*.*") if path.is_file()}
+        (folder.path / "snapshot" / "model.safetensors").write_bytes(b"damaged")
+        replica = fetch_replica(client, description, spec, folder, Console(quiet=True))
+    changed = {path.name for path, inode in before.items() if path.stat().st_ino != inode}
+    assert changed == {"model.safetensors"}
+    assert replica.round == 0
+
+
+@pytest.mark.parametrize("name", ["../../../escaped", "/escaped"])
+def test_a_file_name_cannot_lead_out_of_the_volunteers_folder(
+    coordinator_url: str, web_coordinator: Coordinator, tmp_path: Path, name: str
+) -> None:
+    """A coordinator is a stranger to the volunteer: it must not choose what is written where."""
+    folder = PeerFolder(web_coordinator.run.spec.fingerprint, "Asha")
+    name = f"{tmp_path}{name}" if name.startswith("/") else name
+    with CoordinatorClient(coordinator_url) as client:
+        description, spec = client.describe()
+        files = {name: description.tokenizer, **description.snapshot.files}
+        snapshot = description.snapshot.model_copy(update={"files": files})
+        with pytest.raises(KanthaError):
+            fetch_replica(
+                client, description.model_copy(update={"snapshot": snapshot}), spec, folder, Console(quiet=True)
+            )
+    assert [path for path in tmp_path.rglob("*escaped*") if path.is_file()] == []
+
+
+def test_the_coordinators_reason_for_a_refusal_is_told(
+    coordinator_url: str, web_coordinator: Coordinator, identity: PeerIdentity
+) -> None:
+    request = MembershipRequest.signed(identity, "0f" * 32, "Asha", "local")
+    with CoordinatorClient(coordinator_url) as client, pytest.raises(MembershipError, match="another run") as caught:
+        client.request_membership(request)
+    assert str(caught.value).startswith(coordinator_url)
+    assert caught.value.exit_code == 24
+
+
+@pytest.mark.parametrize("username", ["x" * 41, "two\nlines"])
+def test_a_name_that_cannot_be_used_is_told(coordinator_url: str, identity: PeerIdentity, username: str) -> None:
+    with CoordinatorClient(coordinator_url) as client:
+        description, _ = client.describe()
+        with pytest.raises(KanthaError) as caught:
+            request_membership(client, description, identity, username, "local")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_certificate_that_other_peers_would_refuse_is_refused(
+    server: Server, web_coordinator: Coordinator, identity: PeerIdentity, other_identity: PeerIdentity, tmp_path: Path
+) -> None:
+    description = web_coordinator.describe()
+    stranger = RunKey.generate(tmp_path / "stranger.pem")
+    request = MembershipRequest.signed(identity, description.fingerprint, "Asha", "local")
+    wrong = [
+        stranger.certify(request, identity.peer_id),
+        web_coordinator.run.key().certify(request, other_identity.peer_id),
+        web_coordinator.run.key().certify(request.model_copy(update={"run": "0f" * 32}), identity.peer_id),
+    ]
+    with CoordinatorClient(server.url) as client:
+        for certificate in wrong:
+            body = certificate.model_dump_json().encode()
+            server.answer = lambda request, body=body: request.say(body, 201)  # type: ignore[misc]
+            with pytest.raises(MembershipError):
+                request_membership(client, description, identity, "Asha", "local")
+        server.answer = lambda request: request.say(b"{}", 201)
+        with pytest.raises(NotACoordinatorError):
+            request_membership(client, description, identity, "Asha", "local")
+        for detail in (b"no", b"{}", b"[]"):
+            server.answer = lambda request, detail=detail: request.say(detail, 503)  # type: ignore[misc]
+            with pytest.raises(MembershipError, match="503"):
+                request_membership(client, description, identity, "Asha", "local")
+
+
+# ---- nobody, or somebody else
+
+
+def test_where_nobody_answers_the_address_is_told(free_port: int) -> None:
+    with pytest.raises(UnreachableError, match="nobody answers") as caught:
+        describe(f"http://127.0.0.1:{free_port}/")
+    assert str(caught.value).startswith(f"http://127.0.0.1:{free_port}: ")
+    assert caught.value.exit_code == 20
+
+
+def test_an_address_may_be_given_without_its_scheme(coordinator_url: str) -> None:
+    describe(coordinator_url.removeprefix("http://"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "http://",
+        "ftp://127.0.0.1/",
+        "mailto:asha",
+        "http://[::1",
+        "http://127.0.0.1:port",
+        "http://a b/",
+        "http://a..b/",
+        "http://" + "a" * 64 + ".invalid/",
+        "http://\x00",
+    ],
+    ids=lambda url: repr(url[:20]),
+)
+def test_what_is_no_address_is_told(url: str) -> None:
+    with pytest.raises(UnreachableError) as caught:
+        describe(url)
+    assert caught.value.exit_code == 20
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers"),
+    [
+        (200, b"<!doctype html><title>Router</title>", {"Content-Type": "text/html"}),
+        (200, b'{"status": "ok"}', {"Content-Type": "application/json"}),
+        (200, b"[]", {}),
+        (200, b"", {}),
+        (200, b"\xff\xfe\x00", {}),
+        (404, b"<h1>Not Found</h1>", {}),
+        (500, b'{"kantha": "run"}', {}),
+        (302, b"", {"Location": "/login"}),
+        (200, b"not compressed at all", {"Content-Encoding": "gzip"}),
+    ],
+    ids=["page", "json", "list", "empty", "binary", "404", "500", "redirect", "broken gzip"],
+)
+def test_a_web_server_of_another_kind_is_no_coordinator(
+    server: Server, status: int, body: bytes, headers: dict[str, str]
+) -> None:
+    server.answer = lambda request: request.say(body, status, headers)
+    with pytest.raises(NotACoordinatorError, match="Kantha coordinator") as caught:
+        describe(server.url)
+    assert str(caught.value).startswith(server.url)
+    assert caught.value.exit_code == 21
+
+
+def test_a_description_with_an_error_status_is_not_believed(server: Server, web_coordinator: Coordinator) -> None:
+    body = web_coordinator.describe().model_dump_json().encode()
+    server.answer = lambda request: request.say(body, 500)
+    with pytest.raises(NotACoordinatorError):
+        describe(server.url)
+
+
+def test_a_program_that_does_not_speak_http_is_no_coordinator() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(DEADLINE)
+
+        def talk() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.9\r\n")
+                connection.recv(4096)
+
+        thread = threading.Thread(target=talk)
+        thread.start()
+        with pytest.raises(NotACoordinatorError, match="does not speak HTTP") as caught:
+            describe(f"127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+    assert caught.value.exit_code == 21
+
+
+# ---- a run spec that is not the one announced
+
+
+def offer(server: Server, description: RunDescription, **spec: Any) -> None:
+    content = description.model_dump(mode="json")
+    content["spec"] |= spec
+    server.answer = lambda request: request.say(json.dumps(content).encode())
+
+
+def test_a_spec_that_was_tampered_with_is_refused(server: Server, web_coordinator: Coordinator) -> None:
+    description = web_coordinator.describe()
+    offer(server, description)
+    describe(server.url)
+    offer(server, description, seed=8)
+    with pytest.raises(FingerprintError, match="does not match its fingerprint") as caught:
+        describe(server.url)
+    assert caught.value.exit_code == 22
+    assert description.fingerprint[:12] in str(caught.value)
+
+
+def test_a_spec_of_another_version_is_told_with_both_versions(server: Server, web_coordinator: Coordinator) -> None:
+    description = web_coordinator.describe().model_copy(update={"version": "99.0"})
+    offer(server, description, invented_later=True)
+    with pytest.raises(FingerprintError, match=r"99\.0.*invented_later.*upgrade") as caught:
+        describe(server.url)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# ---- downloads
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "model"
+
+
+def download(server: Server, target: Path, file: RemoteFile | None = None) -> list[int]:
+    pieces: list[int] = []
+    with CoordinatorClient(server.url) as client:
+        client.download(file or announced(), target, pieces.append)
+    return pieces
+
+
+def test_a_file_arrives_whole_and_alone(server: Server, target: Path) -> None:
+    server.answer = ShakyFile(CONTENT)
+    pieces = download(server, target)
+    assert target.read_bytes() == CONTENT
+    assert sum(pieces) == len(CONTENT)
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [CONTENT[::-1], CONTENT[:-1], b"", CONTENT[:-1] + b"x"],
+    ids=["another", "short", "empty", "one byte"],
+)
+def test_another_file_than_announced_is_not_kept(server: Server, target: Path, content: bytes) -> None:
+    server.answer = ShakyFile(content) if content else lambda request: request.say(b"")
+    with pytest.raises(DigestError, match="not the one it announced") as caught:
+        download(server, target)
+    assert caught.value.exit_code == 23
+    assert list(target.parent.iterdir()) == []
+
+
+def test_more_than_was_announced_is_not_kept(server: Server, target: Path) -> None:
+    """Without this, a coordinator could fill the volunteer's disk."""
+    server.answer = ShakyFile(CONTENT + b"x" * 10_000_000)
+    pieces: list[int] = []
+    with CoordinatorClient(server.url) as client, pytest.raises(DigestError) as caught:
+        client.download(announced(), target, pieces.append)
+    assert sum(pieces) <= len(CONTENT)
+    assert caught.value.exit_code == 23
+    assert not target.exists()
+    assert sum(path.stat().st_size for path in target.parent.iterdir()) <= len(CONTENT)
+    server.answer = ShakyFile(CONTENT)
+    download(server, target)  # it left nothing that would stand in the way
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(server: Server, target: Path) -> None:
+    server.answer = ShakyFile(CONTENT, 40_000, 30_000)
+    download(server, target)
+    assert target.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=40000-", "bytes=70000-"]
+
+
+def test_progress_counts_every_byte_once(server: Server, target: Path) -> None:
+    server.answer = ShakyFile(CONTENT, 40_000)
+    pieces = download(server, target)
+    assert sum(pieces) == len(CONTENT)
+
+
+def test_a_download_that_breaks_off_again_and_again_is_given_up_and_kept(server: Server, target: Path) -> None:
+    server.answer = ShakyFile(CONTENT, *[10_000] * 20)
+    with pytest.raises(UnreachableError, match="broke 3 times") as caught:
+        download(server, target)
+    assert caught.value.exit_code == 20
+    assert not target.exists()
+    server.answer, server.ranges = ShakyFile(CONTENT), []
+    pieces = download(server, target)  # the next time
+    assert server.ranges == ["bytes=30000-"]
+    assert target.read_bytes() == CONTENT
+    assert sum(pieces) == len(CONTENT)  # what is there already counts, so that the bar ends at its end
+
+
+def test_a_server_that_always_sends_the_whole_file_is_understood(server: Server, target: Path) -> None:
+    """Not every proxy knows ranges."""
+    whole = ShakyFile(CONTENT, 40_000)
+
+    def ignore_range(request: Request) -> None:
+        del request.headers["Range"]
+        whole(request)
+
+    server.answer = ignore_range
+    download(server, target)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_file_that_is_all_there_is_not_sent_again(server: Server, target: Path) -> None:
+    target.parent.mkdir()
+    target.with_name("model.partial").write_bytes(CONTENT)  # a program that was killed before it could rename it
+    server.answer = ShakyFile(CONTENT)
+    download(server, target)
+    assert server.ranges == [f"bytes={len(CONTENT)}-"]
+    assert target.read_bytes() == CONTENT
+
+
+def test_half_of_an_older_snapshot_does_not_spoil_the_newer_one(server: Server, target: Path) -> None:
+    """All snapshots of a run are equally large: a volunteer that comes back later finds half of another file."""
+    server.answer = ShakyFile(CONTENT[::-1], *[10_000] * 20)
+    with pytest.raises(UnreachableError):
+        download(server, target, announced(CONTENT[::-1]))
+    server.answer = ShakyFile(CONTENT)
+    download(server, target)
+    assert target.read_bytes() == CONTENT
+
+
+def test_two_volunteers_on_one_machine_may_download_the_same_file_at_once(server: Server, target: Path) -> None:
+    both_under_way = threading.Event()
+    half = len(CONTENT) // 2
+    whole = ShakyFile(CONTENT)
+
+    def slow_for_the_first(request: Request) -> None:
+        if len(server.ranges) > 1:
+            return whole(request)
+        request.say(CONTENT[:half], headers={"Content-Length": str(len(CONTENT))})
+        both_under_way.wait(DEADLINE)
+        request.wfile.write(CONTENT[half:])
+        return None
+
+    server.answer = slow_for_the_first
+    failures: list[BaseException] = []
+    arrived = threading.Event()
+
+    def volunteer() -> None:
+        try:
+            with CoordinatorClient(server.url) as client:
+                client.download(announced(), target, lambda _: arrived.set())
+        except BaseException as error:  # noqa: BLE001  told to the main thread
+            failures.append(error)
+
+    first, second = (threading.Thread(target=volunteer) for _ in range(2))
+    first.start()
+    assert arrived.wait(DEADLINE)
+    second.start()
+    second.join(timeout=1.0)  # or it waits for the first, which is all right
+    both_under_way.set()
+    first.join(DEADLINE)
+    second.join(DEADLINE)
+    assert failures == []
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_file_that_the_coordinator_no_longer_has_is_told(server: Server, target: Path) -> None:
+    with pytest.raises(NotACoordinatorError, match=r"files/model \(HTTP 404\)"):
+        download(server, target)
+    assert not target.exists()
+
+
+def test_a_disk_that_refuses_is_told_by_its_path(server: Server, tmp_path: Path) -> None:
+    server.answer = ShakyFile(CONTENT)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError) as caught:
+        download(server, tmp_path / "file" / "model")
+    assert str(caught.value).startswith(f"{tmp_path / 'file' / 'model'}: ")
+    assert caught.value.exit_code == 16
+
+
+def test_a_coordinator_that_goes_away_is_told(server: Server, target: Path, free_port: int) -> None:
+    began = time.monotonic()
+    with CoordinatorClient(f"http://127.0.0.1:{free_port}") as client, pytest.raises(UnreachableError):
+        client.download(announced(), target)
+    assert time.monotonic() - began < DEADLINE
