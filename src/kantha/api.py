@@ -2,13 +2,17 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from kantha.digests import FileDigest
+from kantha.training.checkpoint import CHECKPOINT_FILES, MANIFEST
 
 
 class RemoteFile(FileDigest):
-    path: str = Field(description="Where to get it, relative to the run's address.")
+    path: str = Field(
+        pattern=r"^\w[\w./-]*$",  # no scheme, no host: a file comes from the coordinator or not at all
+        description="Where to get it, relative to the run's address.",
+    )
 
 
 class Snapshot(BaseModel):
@@ -16,6 +20,15 @@ class Snapshot(BaseModel):
 
     round: int
     files: dict[str, RemoteFile] = Field(description="By file name; checkpoint.json is the manifest of the others.")
+
+    @field_validator("files")
+    @classmethod
+    def _whole_and_no_more(cls, files: dict[str, RemoteFile]) -> dict[str, RemoteFile]:
+        # the volunteer makes paths of the names
+        if wrong := files.keys() ^ {MANIFEST, *CHECKPOINT_FILES}:
+            name = min(wrong)
+            raise ValueError(f"{name!r} is {'no file of a snapshot' if name in files else 'missing'}")
+        return files
 
 
 class RunDescription(BaseModel):

@@ -23,6 +23,12 @@ keeps the two in step.
 """
 
 
+def printable(text: object, most: int = 500) -> str:
+    """What a stranger sent, as one line that is safe to show: control and formatting characters become "?"."""
+    joiners = "\u200c\u200d"  # Bengali is written with them
+    return "".join(c if c.isprintable() or c in joiners else "?" for c in str(text)[:most])
+
+
 class KanthaError(Exception):
     """Base of all errors meant for a person; the message is one line: cause, place, next step."""
 

@@ -3,8 +3,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event, text
 
 from kantha.coordinator.ledger import Ledger
+from kantha.errors import StorageError
 from kantha.swarm.membership import Membership
 from kantha.swarm.reports import RoundReport
 
@@ -45,7 +47,7 @@ def test_a_round_is_entered_once_for_each_peer(ledger: Ledger) -> None:
     for _ in range(2):
         ledger.add_rounds("a", [report(1, 10), report(2, 20), report(2, 20)])
     ledger.add_rounds("b", [report(2, 5)])
-    ledger.add_rounds("a", [report(2, 999), report(3, 30)])  # what was entered stays as it is
+    ledger.add_rounds("a", [report(3, 30)])
     ledger.add_rounds("a", [])
     assert [(entry.round, entry.samples, entry.volunteers) for entry in ledger.rounds()] == [
         (1, 10, 1),
@@ -53,6 +55,80 @@ def test_a_round_is_entered_once_for_each_peer(ledger: Ledger) -> None:
         (3, 30, 1),
     ]
     assert ledger.samples_by_peer() == {"a": 60, "b": 5}
+
+
+def test_a_round_that_was_done_again_replaces_the_one_before(ledger: Ledger) -> None:
+    ledger.add_rounds("a", [report(1, 10), report(2, 20, whole=False)])
+    ledger.add_rounds("b", [report(2, 5)])
+    before = ledger.rounds()
+    ledger.add_rounds("a", [report(1, 10), report(2, 30, mlm=4.0)])
+    first, second = ledger.rounds()
+    assert first == before[0]  # repeated, not done again: it finished when it did
+    assert (second.samples, second.failed) == (35, False)
+    assert second.mlm_loss == pytest.approx((30 * 4.0 + 5 * 5.0) / 35)
+
+
+def test_what_a_living_swarm_repeats_is_not_lost_by_forgetting(ledger: Ledger) -> None:
+    reports = [report(number, 10) for number in range(1, 6)]
+    ledger.add_rounds("a", reports)
+    ledger.forget_rounds_after(3)
+    assert [entry.round for entry in ledger.rounds()] == [1, 2, 3]
+    assert ledger.samples_by_peer() == {"a": 30}
+    ledger.add_rounds("a", reports)
+    assert [(entry.round, entry.samples) for entry in ledger.rounds()] == [(n, 10) for n in range(1, 6)]
+
+
+def test_a_round_failed_if_the_coordinator_says_so(ledger: Ledger) -> None:
+    ledger.mark_failed(2)
+    ledger.mark_failed(2)
+    ledger.mark_failed(3)
+    ledger.add_rounds("a", [report(1, 10), report(2, 10)])
+    ledger.forget_rounds_after(1)  # a restart beside a living swarm: the round is reported again, as good
+    ledger.add_rounds("a", [report(2, 10)])
+    assert [(entry.round, entry.failed) for entry in ledger.rounds()] == [(1, False), (2, True)]
+    ledger.mark_failed(2, False)  # done again
+    assert [entry.failed for entry in ledger.rounds()] == [False, False]
+
+
+def test_what_does_not_change_is_not_added_up_again(ledger: Ledger) -> None:
+    queries: list[str] = []
+    event.listen(ledger._engine, "before_cursor_execute", lambda _c, _k, statement, *_: queries.append(statement))
+    ledger.add_rounds("a", [report(1, 10)])
+    ledger.rounds()
+    queries.clear()
+    ledger.add_rounds("a", [report(1, 10)])
+    assert len(ledger.rounds()) == 1
+    assert not any("SELECT" in query for query in queries)
+    ledger.add_rounds("a", [report(1, 20)])
+    assert ledger.rounds()[0].samples == 20
+
+
+def test_a_full_disk_is_told_and_survived(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.add_rounds("a", [report(1, 10)])
+
+    def set_size(pages: int) -> None:
+        with ledger._engine.connect() as connection:  # the pool has one connection: the one that is used next
+            connection.execute(text(f"PRAGMA max_page_count={pages}"))
+
+    set_size(1)
+    with pytest.raises(StorageError, match="make room") as caught:
+        ledger.add_rounds("a", [report(number, 10) for number in range(1000)])
+    assert str(caught.value).startswith(f"{tmp_path / 'ledger.sqlite'}: ")
+    assert len(str(caught.value).splitlines()) == 1
+    assert ledger.rounds()
+    set_size(10_000)
+    ledger.add_member(membership("a", "Asha"))
+    ledger.add_rounds("a", [report(number, 10) for number in range(32)])
+    assert ledger.members() == {"a": "Asha"}
+    ledger.close()
+
+
+def test_a_ledger_that_is_damaged_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(StorageError, match="whole"):
+        Ledger(path)
 
 
 def test_the_loss_of_a_round_is_the_mean_over_its_samples(ledger: Ledger) -> None:

@@ -5,8 +5,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from kantha.coordinator.pages import SHOWN_ROUNDS, page_router
-from kantha.coordinator.status import RoundStatus, RunStatus, VolunteerStatus
+from kantha.coordinator.pages import CHART_EARLIER_ROUNDS, CHART_LAST_ROUNDS, SHOWN_ROUNDS, page_router
+from kantha.coordinator.status import ROUNDS_TOLD, RoundStatus, RunStatus, VolunteerStatus
 
 
 def make_volunteer(name: str, **changes: object) -> VolunteerStatus:
@@ -183,6 +183,36 @@ def test_chart_data_has_equally_long_columns() -> None:
     assert [
         number for number, outcome in zip(columns["round"], columns["outcome"], strict=True) if outcome == "failed"
     ] == [7]
+
+
+@pytest.mark.parametrize("count", [1, 200, 999, 1000, 1001, 12_345])
+def test_a_long_run_has_a_chart_that_stays_small(count: int) -> None:
+    failed = {3, count // 2, count - 100}
+    rounds = [make_round(number, failed=number in failed) for number in range(1, count + 1)]
+    columns = client_of(make_status(rounds=rounds)).get("/chart-data").json()
+    shown = columns["round"]
+    assert len(shown) == count if count <= 1000 else 500 <= len(shown) <= CHART_EARLIER_ROUNDS + CHART_LAST_ROUNDS
+    assert shown == sorted(set(shown))
+    assert shown[-200:] == list(range(max(1, count - 199), count + 1))
+    marked = {number for number, outcome in zip(shown, columns["outcome"], strict=True) if outcome == "failed"}
+    assert marked == {number for number in failed if 1 <= number <= count}
+
+
+def test_the_status_of_a_long_run_has_its_last_rounds() -> None:
+    status = make_status(rounds=[make_round(number) for number in range(1, 701)])
+    told = RunStatus.model_validate_json(status.model_dump_json())
+    assert told.rounds == status.rounds[-ROUNDS_TOLD:]
+    short = make_status()
+    assert RunStatus.model_validate_json(short.model_dump_json()) == short
+
+
+@pytest.mark.parametrize(
+    ("samples", "progress", "left"), [(255, "255 of 256 samples", "9 s"), (352, "averaging", "now")]
+)
+def test_more_samples_than_the_target_are_the_averaging(samples: int, progress: str, left: str) -> None:
+    texts = Texts(client_of(make_status(samples_in_round=samples)).get("/").text).texts
+    assert f"Round 13: {progress}" in texts
+    assert texts[texts.index("Next round in") + 1] == left
 
 
 def test_a_loss_that_is_not_a_number_is_said_and_not_drawn() -> None:

@@ -1,7 +1,10 @@
 import contextlib
+import errno
 import json
 import os
 import stat
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from kantha.coordinator import rundir
 from kantha.coordinator.rundir import RunDirectory
 from kantha.corpus import load_tokenizer
 from kantha.errors import CorpusError, DigestError, KanthaError, NewerRunError, RunDirectoryError, StorageError
@@ -233,6 +237,28 @@ def test_the_swarms_port_is_kept(run_path: Path) -> None:
     assert RunDirectory.open(run_path).p2p_port == 4711
 
 
+def test_the_run_file_is_written_only_when_it_changes(run_path: Path) -> None:
+    run = RunDirectory.open(run_path)
+    run.set_p2p_port(4711)
+    written = (run_path / "run.json").stat()
+    run.set_p2p_port(4711)
+    assert (run_path / "run.json").stat() == written
+    assert not (run_path / ".run.json").exists()
+
+
+def test_a_run_on_a_disk_that_refuses_is_told(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = RunDirectory.open(run_path)
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(run._lock, "_acquire", refuse)
+    for write in (lambda: run.set_p2p_port(4711), run.lock):
+        with pytest.raises(StorageError, match="No space left on device"):
+            write()
+    assert RunDirectory.open(run_path).p2p_port is None
+
+
 def test_a_run_may_be_moved(run_path: Path, tmp_path: Path) -> None:
     run = RunDirectory.open(run_path.rename(tmp_path / "elsewhere"))
     run.save_checkpoint(Replica(run.spec), 3)
@@ -245,7 +271,8 @@ def test_a_run_may_be_moved(run_path: Path, tmp_path: Path) -> None:
 # ---- one program at a time
 
 
-def test_a_run_is_served_once(run_path: Path) -> None:
+def test_a_run_is_served_once(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "_LOCK_SECONDS", 0.1)
     (run_path / ".lock").touch()  # left behind by a program that was killed
     first, second = RunDirectory.open(run_path), RunDirectory.open(run_path)
     first.lock()
@@ -254,3 +281,20 @@ def test_a_run_is_served_once(run_path: Path) -> None:
     assert caught.value.exit_code == 11
     del first
     second.lock()
+
+
+def test_the_lock_of_a_coordinator_that_is_dying_is_waited_for(run_path: Path) -> None:
+    dying, restarted = RunDirectory.open(run_path), RunDirectory.open(run_path)
+    locked = threading.Event()
+
+    def die() -> None:
+        dying.lock()
+        locked.set()
+        time.sleep(0.3)
+        dying._lock.release()
+
+    thread = threading.Thread(target=die)
+    thread.start()
+    assert locked.wait(10)
+    restarted.lock()
+    thread.join()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kantha.coordinator.rundir import RunDirectory
 from kantha.corpus import Batch
@@ -143,6 +144,21 @@ def test_a_model_is_written_to_the_current_folder_or_refused(
     with contextlib.suppress(KanthaError):  # refusing is all right, if it is said
         export_model(run.path, Path())
         assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("part", [PreTrainedModel, PreTrainedTokenizerFast])
+def test_whatever_fails_while_writing_is_told_and_leaves_nothing(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: type
+) -> None:
+    """The libraries have errors of their own, where they have any; that of `tokenizers` is a bare `Exception`."""
+
+    def full(*_: object, **__: object) -> None:
+        raise Exception("No space left on device")
+
+    monkeypatch.setattr(part, "save_pretrained", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        export_model(run.path, tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_a_place_that_cannot_be_written_is_told(run: RunDirectory, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_spec_survives_yaml(spec: RunSpec) -> None:
 )
 def test_any_text_survives_yaml(text: str) -> None:
     sources = (FileSource(kind="file", path=text),)
-    spec = RunSpec(name="x", goal=text, data=DataSpec(sources=sources))
+    spec = RunSpec(name="x", goal=text.replace("\n", " "), data=DataSpec(sources=sources))
     assert parse_spec(dump_spec(spec), "run.yaml") == spec
 
 
@@ -185,6 +185,12 @@ def test_a_spec_sent_as_json_keeps_its_fingerprint() -> None:
         ("model:\n  hidden_size: 100\n", "line 5: model:", "hidden_size 100 is not a multiple of attention_heads 12"),
         ("model:\n  layer_groups: 5\n", "line 5: model:", "layers 12 is no multiple of layer_groups 5"),
         ("schedule:\n  total_rounds: 9\n", "line 5: schedule:", "warmup_rounds 5000 must be below total_rounds 9"),
+        ('goal: "two\\nlines"\n', "line 5: goal:", "one line without control characters, not with U+000A"),
+        ('goal: "\\u202E"\n', "line 5: goal:", "U+202E"),
+        ("model:\n  activation: gelo\n", "line 6: model.activation:", "'gelu', 'gelu_new'"),
+        ("seed: 1\nseed: 2\n", "line 6: seed:", "stands in line 5 already"),
+        ("model:\n  layers: 2\n  layers: 3\n", "line 7: layers:", "stands in line 6 already"),
+        ("model: {layers: 2, layers: 3}\n", "line 5: layers:", "already"),
         ("language: Bengali\n", "line 5: language:", "'Bengali'"),
     ],
 )
@@ -248,6 +254,17 @@ def test_a_number_that_is_none_is_refused(value: str) -> None:
     """JSON has no such numbers, so that volunteers would get another spec than the coordinator's."""
     [problem] = problems(f"{SMALLEST}optimizer:\n  learning_rate: {value}\n")
     assert problem.startswith("line 6: optimizer.learning_rate:")
+
+
+def test_nesting_without_end_is_told() -> None:
+    [problem] = problems(f"name: {'[' * 5_000}{']' * 5_000}\n")
+    assert problem.startswith("nested too deeply")
+
+
+def test_aliases_do_no_harm() -> None:
+    assert "name" in problems("name: &a [*a]\n")[0]
+    bomb = "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    assert len(problems(f"x0: &x0 [a]\n{bomb}")) > 30
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "- name: x\n", "hello"])

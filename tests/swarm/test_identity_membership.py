@@ -8,6 +8,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from hivemind.p2p import PeerID
+from pydantic import ValidationError
 
 from kantha.errors import MembershipError, SwarmError
 from kantha.swarm import membership
@@ -22,6 +23,7 @@ NO_RSA_KEYS = [
     "ssh-rsa AAAA",
     "ssh-xyz AAAA",
     "বাংলা",
+    "sk-ssh-ed25519@openssh.com AAAAGnNrLXNzaC1lZDI1NTE5QG9wZW5zc2guY29tAAAAIA==",
     "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAINdamAGCsQq31Uv+08lkBzoO4XLz2qYjJa8CGmj3B1Ea",
 ]
 
@@ -160,6 +162,22 @@ def test_a_request_from_a_wrong_clock_is_told_the_difference(
 def test_a_request_from_a_time_that_no_clock_shows_is_refused(request_to_join: MembershipRequest) -> None:
     with pytest.raises(MembershipError):
         request_to_join.model_copy(update={"issued": 10**400}).verified_peer_id()
+
+
+@pytest.mark.parametrize("key", NO_RSA_KEYS)
+def test_a_request_with_a_key_of_another_kind_is_refused(request_to_join: MembershipRequest, key: str) -> None:
+    with pytest.raises(MembershipError, match="not signed"):
+        request_to_join.model_copy(update={"public_key": key}).verified_peer_id()
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\x9b", "\u202a", "\u202e", "\u2066", "\u2069"])
+def test_a_name_that_plays_with_terminals_is_refused(
+    identity: PeerIdentity, request_to_join: MembershipRequest, character: str
+) -> None:
+    with pytest.raises(MembershipError, match="--name"):
+        MembershipRequest.signed(identity, RUN, f"A{character}sha", "local")
+    with pytest.raises(ValidationError):
+        MembershipRequest.model_validate({**request_to_join.model_dump(), "username": f"A{character}sha"})
 
 
 # ---- certificates

@@ -35,7 +35,7 @@ REPORT: dict[str, Any] = {
 }
 PREFIX = "kantha-0123"
 
-BAD_REPORTS = [
+BAD_REPORTS: list[dict[str, Any]] = [
     {"time": "now"},
     {"time": -1.0},
     {"time": float("nan")},
@@ -60,7 +60,7 @@ BAD_REPORTS = [
     {"rounds": [ROUND] * (ROUNDS_KEPT + 1)},
     {"rounds": [3]},
 ]
-BAD_ROUNDS = [
+BAD_ROUNDS: list[dict[str, Any]] = [
     {"round": -1},
     {"samples": -64},
     {"samples": "64"},
@@ -73,7 +73,7 @@ BAD_ROUNDS = [
     {"whole": 1},
     {"whole": None},
 ]
-CHANGES: list[dict[str, Any]] = [*BAD_REPORTS, *({"rounds": [{**ROUND, **change}]} for change in BAD_ROUNDS)]
+CHANGES = [*BAD_REPORTS, *({"rounds": [{**ROUND, **change}]} for change in BAD_ROUNDS)]
 
 
 def test_a_report_arrives_as_it_was_sent() -> None:

@@ -10,6 +10,7 @@ from commands import Run, served, wait_for
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
 from kantha.spec import DataSpec, FileSource, ModelSpec, OptimizerSpec, RunSpec, ScheduleSpec, SwarmSpec, TokenizerSpec
+from kantha.training import Replica
 from kantha.training.checkpoint import list_checkpoints, read_manifest
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(600)]
@@ -127,3 +128,23 @@ def test_volunteers_that_nobody_can_dial_train_through_the_coordinator(run: Run)
     wait_for(lambda: (s := run.status()) and any(r.volunteers == 3 for r in s.rounds), 60, f"all three\n{run.story()}")
     assert end.checkpoint_round > 0
     assert late.leave() == 0, late.output()
+
+
+def test_a_volunteer_that_is_alone_has_whole_rounds_and_its_end_does_not_spoil_the_checkpoint(run: Run) -> None:
+    run.serve()
+    alone = run.join("Asha")
+    status = run.wait_for_round(5, 120)
+    assert status.failed_rounds == 0, run.story()
+    # all leave at once, in the middle of whatever they do; what is saved must still be a model
+    other = run.join("Rafiq")
+    run.wait_for_volunteer("Rafiq", 90)
+    for volunteer in (alone, other):
+        volunteer.process.terminate()
+    assert alone.process.wait(timeout=90) == 0, alone.output()
+    assert other.process.wait(timeout=90) == 0, other.output()
+    wait_for(lambda: (s := run.status()) and not s.volunteers, 60, f"nobody is here\n{run.story()}")
+    spec = RunDirectory.open(run.run_dir)
+    replica = Replica(spec.spec)
+    replica.load(list_checkpoints(spec.checkpoints)[0])
+    assert all(bool(p.isfinite().all()) for p in replica.parameters)
+    assert "group of 2" in alone.output(), run.story()

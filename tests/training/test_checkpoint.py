@@ -1,6 +1,8 @@
 import errno
+import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kantha.digests import digest_of
-from kantha.errors import DigestError, KanthaError, RunDirectoryError, StorageError
+from kantha.errors import DigestError, NewerRunError, RunDirectoryError, StorageError
 from kantha.spec import RunSpec
 from kantha.training import Manifest, Replica
 from kantha.training.checkpoint import (
@@ -131,8 +133,17 @@ def test_a_checkpoint_of_another_run_is_refused(saved: Path, tiny_spec: RunSpec)
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(saved: Path, tiny_spec: RunSpec) -> None:
-    change_manifest(saved, lambda manifest: manifest.model_copy(update={"format": 2}))
-    with pytest.raises(KanthaError):
+    manifest = json.loads((saved / MANIFEST).read_text())
+    (saved / MANIFEST).write_text(json.dumps({**manifest, "format": 2, "invented": "later"}))
+    with pytest.raises(NewerRunError, match=r"newer Kantha .*pip install --upgrade kantha"):
+        Replica(tiny_spec).load(saved)
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/etc/passwd", "extra.bin"])
+def test_a_manifest_names_no_other_files(saved: Path, tiny_spec: RunSpec, name: str) -> None:
+    digest = digest_of(saved / MODEL_FILE)
+    change_manifest(saved, lambda m: m.model_copy(update={"files": {**m.files, name: digest}}))
+    with pytest.raises(DigestError, match=f"{name}' is no file of a checkpoint"):
         Replica(tiny_spec).load(saved)
 
 
@@ -272,6 +283,40 @@ def test_saving_a_round_again_replaces_it(replica: Replica, saved: Path, tiny_sp
     other = Replica(tiny_spec)
     other.load(saved)
     assert same(replica, other)
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_round_that_cannot_be_replaced_stays(
+    replica: Replica, saved: Path, tiny_spec: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = [tensor.clone() for tensor in tensors(replica)]
+    step(replica, 3)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.startswith(".partial"):
+            assert [p for p in saved.parent.glob("*round-000000002/*") if p.name == MODEL_FILE and p.parent != path]
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError):
+        replica.save(saved, 2, EXTRA)
+    assert_only_the_earlier_is_there(saved, earlier, tiny_spec)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told(
+    replica: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        replica.save(checkpoint_folder(tmp_path, number), number)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(StorageError, match="round-000000000"):
+        drop_old_checkpoints(tmp_path)
 
 
 def test_the_three_newest_are_kept(replica: Replica, tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 import hashlib
 import http.server
+import io
 import json
+import re
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 
 from kantha.api import RemoteFile, RunDescription
@@ -125,7 +130,7 @@ def test_a_run_is_described_joined_and_fetched(
         replica = fetch_replica(client, description, spec, folder, Console(quiet=True))
     assert replica.round == 4
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(replica.parameters, newer.parameters, strict=True))
-    assert (folder.run_folder / "tokenizer.json").read_bytes() == run.tokenizer.read_bytes()
+    assert (folder.path / "snapshot" / "tokenizer.json").read_bytes() == run.tokenizer.read_bytes()
     assert web_coordinator._ledger.members() == {identity.peer_id: "আশা"}
 
 
@@ -142,22 +147,53 @@ def test_what_is_here_already_is_not_downloaded_again(coordinator_url: str, web_
     assert replica.round == 0
 
 
-@pytest.mark.parametrize("name", ["../../../escaped", "/escaped"])
-def test_a_file_name_cannot_lead_out_of_the_volunteers_folder(
-    coordinator_url: str, web_coordinator: Coordinator, tmp_path: Path, name: str
+@pytest.mark.parametrize("name", ["../../../escaped", "/escaped", ".bashrc", "extra.bin"])
+def test_a_coordinator_cannot_choose_what_is_written_where(
+    server: Server, web_coordinator: Coordinator, name: str
 ) -> None:
-    """A coordinator is a stranger to the volunteer: it must not choose what is written where."""
-    folder = PeerFolder(web_coordinator.run.spec.fingerprint, "Asha")
-    name = f"{tmp_path}{name}" if name.startswith("/") else name
+    """It is a stranger to the volunteer."""
+    content = web_coordinator.describe().model_dump(mode="json")
+    content["snapshot"]["files"][name] = content["tokenizer"]
+    server.answer = lambda request: request.say(json.dumps(content).encode())
+    with pytest.raises(NotACoordinatorError, match=f"{re.escape(name)}' is no file of a snapshot"):
+        describe(server.url)
+
+
+def test_a_snapshot_that_is_not_whole_is_refused(server: Server, web_coordinator: Coordinator) -> None:
+    content = web_coordinator.describe().model_dump(mode="json")
+    del content["snapshot"]["files"]["tokenizer.json"]
+    server.answer = lambda request: request.say(json.dumps(content).encode())
+    with pytest.raises(NotACoordinatorError, match=r"'tokenizer\.json' is missing"):
+        describe(server.url)
+
+
+@pytest.mark.parametrize("path", ["http://example.org/model", "//example.org/model", "/model", ""])
+def test_a_file_comes_from_the_coordinator_or_not_at_all(path: str) -> None:
+    with pytest.raises(ValidationError):
+        RemoteFile(path=path, sha256="0f" * 32, size=1)
+
+
+def test_volunteers_on_one_machine_have_files_of_their_own(coordinator_url: str, web_coordinator: Coordinator) -> None:
+    """Or one would write what the other just checked."""
+    folders = [PeerFolder(web_coordinator.run.spec.fingerprint, "Asha") for _ in range(2)]
     with CoordinatorClient(coordinator_url) as client:
         description, spec = client.describe()
-        files = {name: description.tokenizer, **description.snapshot.files}
-        snapshot = description.snapshot.model_copy(update={"files": files})
-        with pytest.raises(KanthaError):
-            fetch_replica(
-                client, description.model_copy(update={"snapshot": snapshot}), spec, folder, Console(quiet=True)
-            )
-    assert [path for path in tmp_path.rglob("*escaped*") if path.is_file()] == []
+        for folder in folders:
+            fetch_replica(client, description, spec, folder, Console(quiet=True))
+    assert set(folders[0].run_folder.iterdir()) == {folder.path for folder in folders}
+
+
+def test_a_long_download_is_told_where_there_is_no_bar(
+    coordinator_url: str, web_coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kantha.volunteer.join._LARGE", 20_000)
+    folder, said = PeerFolder(web_coordinator.run.spec.fingerprint, "Asha"), io.StringIO()
+    with CoordinatorClient(coordinator_url) as client:
+        description, spec = client.describe()
+        fetch_replica(client, description, spec, folder, Console(file=said))
+    large = [name for name, file in description.snapshot.files.items() if file.size > 20_000]
+    assert large
+    assert [line.split(",")[0] for line in said.getvalue().splitlines()] == [f"downloading {name}" for name in large]
 
 
 def test_the_coordinators_reason_for_a_refusal_is_told(
@@ -170,12 +206,14 @@ def test_the_coordinators_reason_for_a_refusal_is_told(
     assert caught.value.exit_code == 24
 
 
-@pytest.mark.parametrize("username", ["x" * 41, "two\nlines"])
+@pytest.mark.parametrize("username", ["x" * 41, "two\nlines", "next\x85line", "\u202eahsA", "\u2066Asha"])
 def test_a_name_that_cannot_be_used_is_told(coordinator_url: str, identity: PeerIdentity, username: str) -> None:
     with CoordinatorClient(coordinator_url) as client:
         description, _ = client.describe()
         with pytest.raises(KanthaError) as caught:
             request_membership(client, description, identity, username, "local")
+    assert caught.value.exit_code == 24
+    assert "--name" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -205,7 +243,29 @@ def test_a_certificate_that_other_peers_would_refuse_is_refused(
                 request_membership(client, description, identity, "Asha", "local")
 
 
+def test_a_reason_cannot_play_with_the_terminal(server: Server, identity: PeerIdentity) -> None:
+    detail = json.dumps({"detail": "\x1b[2Jনা\u200c\n\u202egnp"}).encode()
+    server.answer = lambda request: request.say(detail, 403)
+    with CoordinatorClient(server.url) as client, pytest.raises(MembershipError) as caught:
+        client.request_membership(MembershipRequest.signed(identity, "0f" * 32, "Asha", "local"))
+    assert str(caught.value).endswith("not let in: ?[2Jনা\u200c??gnp")
+
+
 # ---- nobody, or somebody else
+
+
+def test_an_answer_without_end_is_not_read(server: Server) -> None:
+    server.answer = lambda request: request.say(b" " * 2**23)
+    with pytest.raises(NotACoordinatorError, match="more than any would"):
+        describe(server.url)
+
+
+def test_no_proxy_stands_between_a_volunteer_and_its_own_machine(
+    coordinator_url: str, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port}")
+    describe(coordinator_url)
+    describe(coordinator_url.replace("127.0.0.1", "localhost"))
 
 
 def test_where_nobody_answers_the_address_is_told(free_port: int) -> None:
@@ -231,6 +291,7 @@ def test_an_address_may_be_given_without_its_scheme(coordinator_url: str) -> Non
         "http://a b/",
         "http://a..b/",
         "http://" + "a" * 64 + ".invalid/",
+        "http://xn--a.invalid/",
         "http://\x00",
     ],
     ids=lambda url: repr(url[:20]),
@@ -412,7 +473,8 @@ def test_a_server_that_always_sends_the_whole_file_is_understood(server: Server,
 
 def test_a_file_that_is_all_there_is_not_sent_again(server: Server, target: Path) -> None:
     target.parent.mkdir()
-    target.with_name("model.partial").write_bytes(CONTENT)  # a program that was killed before it could rename it
+    partial = target.with_name(f"model.{announced().sha256[:12]}.partial")
+    partial.write_bytes(CONTENT)  # a program that was killed before it could rename it
     server.answer = ShakyFile(CONTENT)
     download(server, target)
     assert server.ranges == [f"bytes={len(CONTENT)}-"]
@@ -429,40 +491,21 @@ def test_half_of_an_older_snapshot_does_not_spoil_the_newer_one(server: Server, 
     assert target.read_bytes() == CONTENT
 
 
-def test_two_volunteers_on_one_machine_may_download_the_same_file_at_once(server: Server, target: Path) -> None:
-    both_under_way = threading.Event()
-    half = len(CONTENT) // 2
-    whole = ShakyFile(CONTENT)
+@pytest.mark.parametrize("size", [2**36 + 1, 10**400], ids=["large", "no number"])
+def test_a_file_of_senseless_size_is_refused(server: Server, target: Path, size: int) -> None:
+    with pytest.raises(StorageError, match="GiB"):
+        download(server, target, announced().model_copy(update={"size": size}))
+    assert server.ranges == []
 
-    def slow_for_the_first(request: Request) -> None:
-        if len(server.ranges) > 1:
-            return whole(request)
-        request.say(CONTENT[:half], headers={"Content-Length": str(len(CONTENT))})
-        both_under_way.wait(DEADLINE)
-        request.wfile.write(CONTENT[half:])
-        return None
 
-    server.answer = slow_for_the_first
-    failures: list[BaseException] = []
-    arrived = threading.Event()
-
-    def volunteer() -> None:
-        try:
-            with CoordinatorClient(server.url) as client:
-                client.download(announced(), target, lambda _: arrived.set())
-        except BaseException as error:  # noqa: BLE001  told to the main thread
-            failures.append(error)
-
-    first, second = (threading.Thread(target=volunteer) for _ in range(2))
-    first.start()
-    assert arrived.wait(DEADLINE)
-    second.start()
-    second.join(timeout=1.0)  # or it waits for the first, which is all right
-    both_under_way.set()
-    first.join(DEADLINE)
-    second.join(DEADLINE)
-    assert failures == []
-    assert target.read_bytes() == CONTENT
+def test_a_file_that_the_disk_has_no_room_for_is_not_begun(
+    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=len(CONTENT) - 1))
+    with pytest.raises(StorageError, match="are free; make room") as caught:
+        download(server, target)
+    assert str(target.parent) in str(caught.value)
+    assert server.ranges == []
 
 
 def test_a_file_that_the_coordinator_no_longer_has_is_told(server: Server, target: Path) -> None:

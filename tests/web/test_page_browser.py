@@ -200,6 +200,12 @@ def test_script_and_server_say_the_same(browser: "sync_api.Browser", run: Run) -
     run.status = make_status(45, ["Asha", "রফিক"])
     live.wait_for_field("round", "45")
     still = visit(browser, run, java_script_enabled=False)
+    run.status = run.status.model_copy(update={"samples_in_round": 352})
+    live.wait_for_field("next", "now")
+    averaging = visit(browser, run, java_script_enabled=False)
+    assert live.page.locator(".progress").inner_text() == averaging.page.locator(".progress").inner_text()
+    run.status = make_status(45, ["Asha", "রফিক"])
+    live.wait_for_field("next", "1 min 46 s")
     for place in ["#state", ".figures", ".progress", "#helping", "#rounds"]:
         assert live.page.locator(place).inner_text() == still.page.locator(place).inner_text(), place
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ from kantha.training.checkpoint import list_checkpoints
 
 _NAMES = ("Asha", "Rafiq", "Mitu", "Karim", "Nila", "Bijoy", "Shirin", "Tanvir")
 _START_SECONDS = 120.0  # for the coordinator to answer
-_LEAVE_SECONDS = 60.0  # for a volunteer or the coordinator to end by itself
 _HELDOUT_EXAMPLES = 512
 _FILL_MASK_EXAMPLES = 5
 
@@ -60,9 +60,16 @@ def run_demo(
     """Run the demo. Raises `DemoError` where a process of it fails; nothing is left running in any case."""
     began = time.monotonic()
     out = out if out is not None else _new_folder()
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StorageError(f"{out}: exists already and is not empty; choose another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if report is not None:
+            report.open("a").close()  # better found out now than when all is done
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or out}: cannot be written ({error.strerror}); choose another place"
+        ) from None
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
@@ -74,7 +81,9 @@ def run_demo(
     heldout = heldout_batches(
         run.spec, load_tokenizer(run.tokenizer, run.spec.tokenizer.sha256), _HELDOUT_EXAMPLES, batch_size=32
     )
-    with _children() as start:
+    # who is asked to leave first ends what is under way: gradients, then state, and each perhaps a second time
+    patience = 4 * run.spec.swarm.averaging_timeout + 30
+    with _children(patience) as start:
         coordinator = start("coordinator", out, ["serve", str(run.path), "--port", str(port)])
         url = _wait_for_page(coordinator)
         say(f"the run's page: {url}   (open it in a browser; `kantha join {url} --name YOU` joins)")
@@ -89,21 +98,21 @@ def run_demo(
         say("time is up: the volunteers leave …")
         for child in people:
             child.process.send_signal(signal.SIGTERM)
-        failed = [child for child in people if not _ended_well(child)]
+        failed = [child for child in people if not _ended_well(child, patience)]
         _wait_until_empty(url)
         coordinator.process.send_signal(signal.SIGTERM)
-        if not _ended_well(coordinator):
+        if not _ended_well(coordinator, patience):
             failed.append(coordinator)
     say("measuring the trained model, exporting it …")
     loss_after = _heldout_loss(run, heldout)
     export_model(run.path, out / "model")
     figures = _figures(run, loss_before, loss_after, out / "model", time.monotonic() - began)
     _show_result(figures, run, out, say)
-    if report is not None:
+    for path in {out / "report.json", report or out / "report.json"}:
         try:
-            report.write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise StorageError(f"{report}: cannot be written ({error.strerror}); the figures are in {out}") from None
+            raise StorageError(f"{path}: cannot be written ({error.strerror}); the model is in {out}") from None
     if failed:
         raise DemoError(
             "; ".join(f"{child.name} did not end well: {child.last_words()} ({child.log})" for child in failed)
@@ -122,8 +131,11 @@ def _new_folder() -> Path:
 
 
 @contextmanager
-def _children() -> Iterator[Any]:
-    """A function that starts `kantha` commands; all of them have ended when the block is left, however it is left."""
+def _children(patience: float) -> Iterator[Any]:
+    """A function that starts `kantha` commands; all of them have ended when the block is left, however it is left.
+
+    :param patience: seconds that each gets to end by itself
+    """
     started: list[_Child] = []
 
     def start(name: str, out: Path, arguments: Sequence[str]) -> _Child:
@@ -150,13 +162,13 @@ def _children() -> Iterator[Any]:
         for child in reversed(alive):
             child.process.send_signal(signal.SIGTERM)
         for child in reversed(alive):
-            _ended_well(child)
+            _ended_well(child, patience)
 
 
-def _ended_well(child: _Child) -> bool:
+def _ended_well(child: _Child, patience: float) -> bool:
     """Wait for a process that was asked to end; kill it if it does not."""
     try:
-        return child.process.wait(timeout=_LEAVE_SECONDS) == 0
+        return child.process.wait(timeout=patience) == 0
     except subprocess.TimeoutExpired:
         child.process.kill()
         child.process.wait()
@@ -179,7 +191,8 @@ def _wait_for_page(coordinator: _Child) -> str:
 def _status(url: str) -> RunStatus | None:
     """The run's status; None while the coordinator does not answer."""
     try:
-        return RunStatus.model_validate_json(httpx.get(f"{url}/api/v1/status", timeout=5.0).content)
+        # the coordinator is on this machine, where no proxy leads to
+        return RunStatus.model_validate_json(httpx.get(f"{url}/api/v1/status", timeout=5.0, trust_env=False).content)
     except (httpx.TransportError, ValidationError):
         return None
 
@@ -256,11 +269,14 @@ def _figures(run: RunDirectory, before: float, after: float, model: Path, second
     ledger = Ledger(run.ledger)
     rounds, members, samples = ledger.rounds(), ledger.members(), ledger.samples_by_peer()
     ledger.close()
+    by_name: Counter[str] = Counter()  # several volunteers may have one name
+    for peer_id, name in members.items():
+        by_name[name] += samples.get(peer_id, 0)
     return {
         "volunteers": len(members),
         "rounds": len(rounds),
         "samples": sum(round.samples for round in rounds),
-        "samples_per_volunteer": {name: samples.get(peer_id, 0) for peer_id, name in members.items()},
+        "samples_per_volunteer": dict(by_name),
         "train_loss": [[round.round, round.loss] for round in rounds],
         "heldout_loss_start": before,
         "heldout_loss_end": after,

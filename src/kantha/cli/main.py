@@ -3,16 +3,30 @@
 import getpass
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 
 from kantha import __version__
-from kantha.errors import KanthaError, SpecError
+from kantha.errors import KanthaError, MembershipError, SpecError
 from kantha.spec import PRESETS, dump_spec, load_spec
 
+
+class _Commands(typer.core.TyperGroup):
+    """Says that Ctrl-C stopped a command; Typer itself would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            Console(stderr=True, highlight=False).print("kantha: stopped", markup=False)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Train a language model together, on everybody's spare compute.\n\n"
     "A volunteer needs one command: kantha join URL. An organizer needs three: kantha init, kantha create, "
     "kantha serve. "
@@ -82,9 +96,12 @@ def create(
 @app.command()
 def serve(
     run_dir: Annotated[Path, typer.Argument(help="The run's folder, made by `kantha create`.")],
-    port: Annotated[int, typer.Option(help="TCP port of the run's page and API; 0 takes a free one.")] = 8600,
+    port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="TCP port of the run's page and API; 0 takes a free one.")
+    ] = 8600,
     p2p_port: Annotated[
-        int | None, typer.Option(help="TCP port of the swarm. By default the one used before, or a free one.")
+        int | None,
+        typer.Option(min=0, max=65_535, help="TCP port of the swarm. By default the one used before, or a free one."),
     ] = None,
     host: Annotated[str, typer.Option(help="IP address to listen on.")] = "127.0.0.1",
 ) -> None:
@@ -115,7 +132,14 @@ def join(
     from kantha.volunteer.join import join as join_run
 
     outbound_only = None if reachable is None else not reachable
-    join_run(url, JoinOptions(name or getpass.getuser(), threads, micro_batch, outbound_only), _console)
+    join_run(url, JoinOptions(name or _user_name(), threads, micro_batch, outbound_only), _console)
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # in a container, a user may have no name
+        raise MembershipError("this machine does not know your user name; give a name with --name") from None
 
 
 @app.command()
@@ -140,7 +164,7 @@ def demo(
         Path | None, typer.Option(help="Folder for the run, the model and the logs. Default: a new demo-run.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
-    port: Annotated[int, typer.Option(help="TCP port of the run's page; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="TCP port of the run's page; 0 takes a free one.")] = 0,
     preset: Preset = "demo",
 ) -> None:
     """All of it on this machine: a coordinator and volunteers train a small model for some minutes."""
@@ -152,13 +176,10 @@ def demo(
 def main() -> None:
     """Entry point: runs the command, turns errors into one line on stderr and an exit code."""
     try:
-        app(standalone_mode=True)
+        app()
     except KanthaError as error:
         Console(stderr=True, highlight=False).print(f"kantha: {error}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True, highlight=False).print("kantha: stopped", markup=False)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """The ledger: who is a member, and what each peer did in each round. SQLite through SQLAlchemy."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, String, create_engine, event, func, select
+from sqlalchemy import Engine, String, create_engine, delete, event, func, or_, select
 from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from kantha.coordinator.status import RoundStatus
+from kantha.errors import StorageError
 from kantha.swarm.membership import Membership
 from kantha.swarm.reports import RoundReport
 
@@ -44,10 +47,20 @@ class Contribution(_Table):
     seen: Mapped[float]
 
 
+class FailedRound(_Table):
+    """A round that the coordinator's own averager saw as not whole, whatever the peers say of it."""
+
+    __tablename__ = "failed_rounds"
+    round: Mapped[int] = mapped_column(primary_key=True)
+
+
 class Ledger:
-    """Safe to use from several threads."""
+    """Safe to use from several threads. All methods raise `StorageError` where the disk refuses."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state: object = object()  # another one after every change
+        self._rounds: tuple[object, list[RoundStatus]] | None = None  # the state that they are of, and all rounds
         self._engine: Engine = create_engine(f"sqlite:///{path}")
 
         @event.listens_for(self._engine, "connect")
@@ -55,7 +68,20 @@ class Ledger:
             connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for the writer
             connection.execute("PRAGMA busy_timeout=10000")
 
-        _Table.metadata.create_all(self._engine)
+        with self._session() as session:
+            _Table.metadata.create_all(session.connection())
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        """One transaction."""
+        try:
+            with Session(self._engine) as session, session.begin():
+                yield session
+        except DatabaseError as error:
+            raise StorageError(
+                f"{self._path}: the ledger cannot be used ({error.orig}); make room on that disk, "
+                "and see that the file is whole and may be written"
+            ) from None
 
     def add_member(self, membership: Membership) -> None:
         values = {
@@ -64,25 +90,59 @@ class Ledger:
             "joined": time.time(),
             "expires": membership.expires,
         }
-        with Session(self._engine) as session, session.begin():
+        with self._session() as session:
             statement = insert(Member).values(peer_id=membership.peer_id, **values)
             session.execute(statement.on_conflict_do_update(index_elements=["peer_id"], set_=values))
 
     def members(self) -> dict[str, str]:
         """Username of every member, by peer id."""
-        with Session(self._engine) as session:
+        with self._session() as session:
             return dict(session.execute(select(Member.peer_id, Member.username)).all())
 
     def add_rounds(self, peer_id: str, rounds: Iterable[RoundReport]) -> None:
-        """Enter what a peer reports; what was entered before is left as it is."""
+        """Enter what a peer reports. Of a round that was done again, the newer report wins."""
         now = time.time()
         rows = [{"peer_id": peer_id, "seen": now, **report.dict()} for report in rounds]
-        if rows:
-            with Session(self._engine) as session, session.begin():
-                session.execute(insert(Contribution).values(rows).on_conflict_do_nothing())
+        if not rows:
+            return
+        statement = insert(Contribution).values(rows)
+        figures = [column for column in statement.excluded if not column.primary_key]
+        # A report repeats the peer's last rounds every few seconds: what is the same stays as it is, and when it came.
+        statement = statement.on_conflict_do_update(
+            set_={column.name: column for column in figures},
+            where=or_(
+                *(Contribution.__table__.c[column.name] != column for column in figures if column.name != "seen")
+            ),
+        )
+        with self._session() as session:
+            changed = session.connection().execute(statement).rowcount
+        if changed:
+            self._state = object()
+
+    def forget_rounds_after(self, number: int) -> None:
+        """Drop the contributions to later rounds, which will be done again.
+
+        If the swarm is still alive, they were not lost: its peers report their last rounds again. So the coordinator's
+        own word on these rounds is kept until it says otherwise.
+        """
+        with self._session() as session:
+            session.execute(delete(Contribution).where(Contribution.round > number))
+        self._state = object()
+
+    def mark_failed(self, number: int, failed: bool = True) -> None:
+        """Enter what the coordinator itself saw of a round; False takes back what was said of one now done again."""
+        with self._session() as session:
+            if failed:
+                session.execute(insert(FailedRound).values(round=number).on_conflict_do_nothing())
+            else:
+                session.execute(delete(FailedRound).where(FailedRound.round == number))
+        self._state = object()
 
     def rounds(self) -> list[RoundStatus]:
         """All finished rounds, oldest first, each added up over its contributions."""
+        state, known = self._state, self._rounds
+        if known is not None and known[0] is state:
+            return list(known[1])
         samples = func.sum(Contribution.samples)
         query = (
             select(
@@ -93,13 +153,14 @@ class Ledger:
                 func.count(),
                 func.min(Contribution.seen),
                 func.min(Contribution.whole),
+                Contribution.round.in_(select(FailedRound.round)),
             )
             .where(Contribution.samples > 0)
             .group_by(Contribution.round)
             .order_by(Contribution.round)
         )
-        with Session(self._engine) as session:
-            return [
+        with self._session() as session:
+            rounds = [
                 RoundStatus(
                     round=number,
                     samples=count,
@@ -108,14 +169,16 @@ class Ledger:
                     sop_loss=sop,
                     volunteers=volunteers,
                     finished=finished,
-                    failed=not whole,
+                    failed=marked or not whole,
                 )
-                for number, count, mlm, sop, volunteers, finished, whole in session.execute(query)
+                for number, count, mlm, sop, volunteers, finished, whole, marked in session.execute(query)
             ]
+        self._rounds = state, rounds  # under the state from before the query: of a change since then it knows nothing
+        return list(rounds)
 
     def samples_by_peer(self) -> dict[str, int]:
         query = select(Contribution.peer_id, func.sum(Contribution.samples)).group_by(Contribution.peer_id)
-        with Session(self._engine) as session:
+        with self._session() as session:
             return {peer: int(samples) for peer, samples in session.execute(query)}
 
     def close(self) -> None:

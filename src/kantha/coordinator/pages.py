@@ -21,6 +21,9 @@ from kantha.coordinator.status import RoundStatus, RunStatus
 
 SHOWN_ROUNDS = 8
 CHART_POLL_MILLISECONDS = 2000
+# Of a long run the chart shows the last rounds and a choice of the earlier ones, so that it stays about as large.
+CHART_LAST_ROUNDS = 200
+CHART_EARLIER_ROUNDS = 800
 
 # Bokeh styles its shadow roots with <style> elements that can carry neither a nonce nor a hash known beforehand, so
 # style elements have to be allowed; style attributes, inline scripts, eval and every other host are not.
@@ -85,7 +88,7 @@ def page_router(get_status: Callable[[], RunStatus]) -> APIRouter:
 
     @router.get("/chart-data")
     def chart_data() -> Response:
-        return JSONResponse(_columns(get_status().rounds), headers={"Cache-Control": "no-store"})
+        return JSONResponse(_columns(_thinned(get_status().rounds)), headers={"Cache-Control": "no-store"})
 
     @router.get("/static/{file}")
     def static(file: str, request: Request) -> Response:
@@ -187,6 +190,14 @@ def _chart() -> figure:
     plot.axis.major_tick_line_color = None
     plot.axis.minor_tick_line_color = None
     return plot
+
+
+def _thinned(rounds: list[RoundStatus]) -> list[RoundStatus]:
+    """All of the last rounds, and of the earlier ones one in every so many: a failed one where there is any."""
+    earlier, last = rounds[:-CHART_LAST_ROUNDS], rounds[-CHART_LAST_ROUNDS:]
+    step = max(1, math.ceil(len(earlier) / CHART_EARLIER_ROUNDS))
+    chunks = (earlier[start : start + step] for start in range(0, len(earlier), step))
+    return [next((entry for entry in chunk if entry.failed), chunk[0]) for chunk in chunks] + last
 
 
 def _columns(rounds: list[RoundStatus]) -> dict[str, list[Any]]:

@@ -11,6 +11,7 @@ log/              what hivemind says
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from kantha.training.checkpoint import checkpoint_folder
 FORMAT = 1
 SPEC_FILE = "run.yaml"
 TOKENIZER_FILE = "tokenizer.json"
+_LOCK_SECONDS = 5.0  # the children of a coordinator that was killed hold the lock until they have died, too
 
 
 class _RunFile(BaseModel):
@@ -50,7 +52,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.ledger = path / "ledger.sqlite"
         self.log = path / "log" / "coordinator.log"
-        self._lock = FileLock(path / ".lock", timeout=0)
+        self._lock = FileLock(path / ".lock", timeout=_LOCK_SECONDS)
 
     @classmethod
     def create(cls, path: Path, spec: RunSpec, say: Callable[[str], None]) -> "RunDirectory":
@@ -131,9 +133,16 @@ class RunDirectory:
         return self._file.p2p_port
 
     def set_p2p_port(self, port: int) -> None:
-        """Keep the swarm's port, so that volunteers find the coordinator again after a restart."""
-        self._file.p2p_port = port
-        self._write()
+        """Keep the swarm's port, so that volunteers find the coordinator again after a restart.
+
+        Raises `StorageError`.
+        """
+        if port != self._file.p2p_port:
+            self._file.p2p_port = port
+            try:
+                self._write()
+            except OSError as error:
+                raise self._refused("run.json", error) from None
 
     def tokenizer_digest(self) -> FileDigest:
         found = digest_of(self.tokenizer)
@@ -150,13 +159,24 @@ class RunDirectory:
         return folder
 
     def lock(self) -> None:
-        """Make sure that no other program serves this run. Raises `RunDirectoryError`."""
+        """Make sure that no other program serves this run. Raises `RunDirectoryError` or `StorageError`."""
         try:
             self._lock.acquire()
         except Timeout:
             raise RunDirectoryError(f"{self.path}: another `kantha serve` has this run open; stop it first") from None
+        except OSError as error:
+            raise self._refused(".lock", error) from None
+
+    def _refused(self, name: str, error: OSError) -> StorageError:
+        return StorageError(
+            f"{self.path}: {name} cannot be written ({error.strerror}); make room on that disk, or make it writable"
+        )
 
     def _write(self) -> None:
+        """Whole or not at all, even where the machine loses power."""
         partial = self.path / ".run.json"
-        partial.write_text(self._file.model_dump_json(indent=1), encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(self._file.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self.path / "run.json")

@@ -1,8 +1,10 @@
 """`kantha serve`: one process that is a run's web service and its place in the swarm."""
 
 import errno
+import ipaddress
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,65 +13,95 @@ import uvicorn
 from kantha.coordinator.app import build_app
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.service import Coordinator
-from kantha.errors import PortTakenError
+from kantha.errors import PortTakenError, StorageError, UnreachableError
 from kantha.swarm.node import log_to_file
 
 _GRACE = 5  # seconds that open HTTP requests get when the coordinator stops
+_PORT_SECONDS = 5.0  # the children of a coordinator that was killed hold its ports until they have died, too
 
 
 def serve(path: Path, host: str, port: int, p2p_port: int | None, say: Callable[[str], None]) -> None:
     """Serve the run at `path` until SIGINT or SIGTERM; `say` is told in a sentence what happens.
 
+    :param host: IP address to listen on; 0.0.0.0 and :: are all of this machine's
     :param p2p_port: TCP port of the swarm; by default the one used before, or any free one the first time
     """
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        raise UnreachableError(f"--host {host}: not an IP address; use 127.0.0.1 for this machine only") from None
+    host = str(ip)
     run = RunDirectory.open(path)
     run.lock()
-    log_to_file(run.log)
-    listener = _bind(host, port, "--port")
-    port = listener.getsockname()[1]
-    with _bind(host, p2p_port or run.p2p_port or 0, "--p2p-port") as probe:
-        p2p_port = probe.getsockname()[1]
-    run.set_p2p_port(p2p_port)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    coordinator = Coordinator(run, host, p2p_port, address, say)
     try:
-        say(f"{run.spec.name}: going on from round {coordinator.resumed_from}")
-        say(f"the run's page: {address}")
-        say(f"to join:        kantha join {address} --name YOUR-NAME")
-        coordinator.start()
+        log_to_file(run.log)
+    except OSError as error:
+        raise StorageError(f"{run.log}: cannot be written ({error.strerror}); make room on that disk") from None
+    with _bind(host, port, "--port") as listener:
+        with _bind(host, p2p_port or run.p2p_port or 0, "--p2p-port") as probe:
+            p2p_port = probe.getsockname()[1]
+        run.set_p2p_port(p2p_port)
+        address = _link(host, listener.getsockname()[1])
+        coordinator = Coordinator(run, host, p2p_port, address, say)
         server = uvicorn.Server(
             uvicorn.Config(
-                build_app(coordinator),
+                build_app(coordinator, any_host=ip.is_unspecified),
                 log_level="warning",
                 proxy_headers=False,  # who asks is judged by the connection, not by what a header claims
                 timeout_graceful_shutdown=_GRACE,
             )
         )
-        # uvicorn raises the signal that ended it once more when it is done; there is still a checkpoint to save
+
+        def leave(*_: object) -> None:
+            server.should_exit = True
+
+        coordinator.on_failure = leave
+        # From here on there may be a checkpoint to save. uvicorn has handlers of its own while it runs, and raises the
+        # signal that ended it once more when it is done.
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda *_: None)
-        server.run(sockets=[listener])
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.default_int_handler)
-        say("stopping: saving a checkpoint, leaving the swarm (Ctrl-C again ends at once) …")
-    finally:
-        coordinator.stop()
-    if coordinator.failure is not None:
-        raise coordinator.failure
+            signal.signal(signum, leave)
+        coordinator.start()
+        try:
+            say(f"{run.spec.name}: going on from round {coordinator.resumed_from}")
+            say(f"the run's page: {address}")
+            say(f"to join:        kantha join {address} --name YOUR-NAME")
+            server.run(sockets=[listener])
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, signal.default_int_handler)
+            say("stopping: saving a checkpoint, leaving the swarm (Ctrl-C again ends at once) …")
+        finally:
+            try:
+                coordinator.stop()
+            finally:
+                if coordinator.failure is not None:
+                    raise coordinator.failure  # and not what came of it while stopping
     say("stopped")
 
 
+def _link(host: str, port: int) -> str:
+    """The run's link. What listens on all addresses is reached, from this machine, by loopback's."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def _bind(host: str, port: int, option: str) -> socket.socket:
-    """A TCP socket bound to the port, or a free one for 0. Raises `PortTakenError`."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise PortTakenError(
-                f"port {port} of {host} is used by another program; end it, or choose another with {option}"
-            ) from None
-        raise PortTakenError(f"cannot listen on {host} port {port} ({error.strerror}); choose others") from None
-    return listener
+    """A TCP socket that listens on the port, or a free one for 0. Raises `PortTakenError`."""
+    deadline = time.monotonic() + _PORT_SECONDS
+    while True:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # For a restart: the connections of the program before stay for a minute. It also lets two programs bind one
+        # port, but only one of them listen, so that is done at once.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen()
+            return listener
+        except OSError as error:
+            listener.close()
+            if error.errno != errno.EADDRINUSE:
+                raise PortTakenError(f"cannot listen on {host} port {port} ({error.strerror}); choose others") from None
+            if time.monotonic() > deadline:
+                raise PortTakenError(
+                    f"port {port} of {host} is used by another program; end it, or choose another with {option}"
+                ) from None
+        time.sleep(0.1)

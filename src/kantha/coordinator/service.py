@@ -5,11 +5,10 @@ ask for the status. Only `swarm` touches the replica.
 """
 
 import logging
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from hivemind.utils import get_dht_time
 
@@ -34,6 +33,8 @@ from kantha.training.checkpoint import (
 )
 
 _COLLECT_SECONDS = 1.5
+_ROUNDS_AHEAD = 1_000  # rounds that volunteers may have finished while the coordinator was cut off
+_STORAGE_RETRY = 30.0  # seconds until a full disk is tried again
 _STATUS_SECONDS = 1.0  # a status is made anew at most this often
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Coordinator:
         self._replica = Replica(run.spec)
         self.resumed_from = self._load_newest_checkpoint()
         self._checkpoint_round = self._replica.round
-        self._replica_is_newer = False
+        self._no_save_before = 0.0  # time.monotonic() until which a full disk is left alone
         try:
             self._node = Node(run.spec.fingerprint, run.identity, listen=[f"/ip4/{host}/tcp/{p2p_port}"])
         except SwarmError as error:
@@ -74,6 +75,7 @@ class Coordinator:
         )
         self._addresses = self._node.addresses()
         self.failure: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         # daemons: a second Ctrl-C must end the program even while one of them waits for an averaging
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=work.__name__, daemon=True)
@@ -87,9 +89,11 @@ class Coordinator:
     def stop(self) -> None:
         """End the threads, save what is newer than the newest checkpoint, leave the swarm."""
         self._stop.set()
+        deadline = time.monotonic() + 3 * self.run.spec.swarm.averaging_timeout
         for thread in self._threads:
-            thread.join()
-        self._save_if_newer()
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        if not self._threads[0].is_alive():  # it may hang on a process that is gone; then the replica is not ours
+            self._save_if_newer()
         self._averager.close()
         self._node.close()
         self._ledger.close()
@@ -99,8 +103,9 @@ class Coordinator:
         try:
             work()
         except Exception as error:  # noqa: BLE001  raised again by `serve`, in the main thread
+            _log.exception("the thread %s failed", work.__name__)
             self.failure = error
-            os.kill(os.getpid(), signal.SIGTERM)
+            self.on_failure()
 
     # ---- the swarm
 
@@ -115,44 +120,84 @@ class Coordinator:
         raise RunDirectoryError(f"{self.run.checkpoints}: no whole checkpoint; restore one from a copy")
 
     def _take_part(self) -> None:
-        averager = self._averager
+        averager, checkpoint_rounds = self._averager, self.run.spec.swarm.checkpoint_rounds
         while not self._stop.wait(0.05):
-            if not (averager.is_alive() and self._node.is_alive()):
-                raise SwarmError("a swarm process of the coordinator ended unexpectedly; start `kantha serve` again")
-            if averager.tick():
-                self._replica_is_newer = True
-                due = averager.round - self._checkpoint_round >= self.run.spec.swarm.checkpoint_rounds
-            else:
-                due = not self._roster.present("trainer")  # the last volunteer left: what it did must not be lost
-            if due:
+            averager.tick()
+            if (failed := averager.failed_round) is not None:
+                self._enter(partial(self._ledger.mark_failed, failed))
+            newer = averager.state_round - self._checkpoint_round
+            # when the last volunteer has left, what it did must not be lost
+            if newer >= checkpoint_rounds or (newer > 0 and not self._roster.present("trainer")):
                 self._save_if_newer()
 
     def _save_if_newer(self) -> None:
-        if not (self._replica_is_newer and self._averager.is_current):
+        number = self._averager.state_round
+        if number <= self._checkpoint_round or time.monotonic() < self._no_save_before:
             return
         try:
-            self.run.save_checkpoint(self._replica, self._averager.round)
-            self._checkpoint_round = self._averager.round
-            self._replica_is_newer = False
+            self.run.save_checkpoint(self._replica, number)
+            self._checkpoint_round = number
             drop_old_checkpoints(self.run.checkpoints)
-            self._say(f"round {self._checkpoint_round}: checkpoint saved")
+            self._say(f"round {number}: checkpoint saved")
         except StorageError as error:
-            self._say(f"{error}; it is tried again after the next round")
+            self._no_save_before = time.monotonic() + _STORAGE_RETRY
+            self._say(f"{error}; it is tried again in {_STORAGE_RETRY:.0f} s")
+
+    def _enter(self, entry: Callable[[], None]) -> bool:
+        """Make an entry in the ledger; a disk that is full is said and does not end the run."""
+        try:
+            entry()
+        except StorageError as error:
+            self._say(str(error))
+            return False
+        return True
 
     # ---- reports
 
     def _collect(self) -> None:
+        pending: set[str] = set()  # peers whose newest report is not in the ledger yet
         while not self._stop.wait(_COLLECT_SECONDS):
+            if not (self._averager.is_alive() and self._node.is_alive()):
+                raise SwarmError("a swarm process of the coordinator ended unexpectedly; start `kantha serve` again")
             try:
                 reports = self._node.reports()
+                self._publish_state()
             except SwarmError as error:
-                _log.warning("reports could not be read: %s", error)
+                _log.warning("%s", error)
                 continue
             members = self._ledger.members()
-            for peer_id in self._roster.update({peer: report for peer, report in reports.items() if peer in members}):
-                self._ledger.add_rounds(peer_id, reports[peer_id].rounds)
-            self._announce_averager()
-            self._say_who_is_here({peer: members[peer] for peer in self._roster.present("trainer")})
+            pending |= set(self._roster.update({peer: found for peer, found in reports.items() if peer in members}))
+            present = self._roster.present("trainer")
+            if present and not self._here:
+                # a swarm that starts anew from a checkpoint does the rounds after it again
+                newest = max(report.round for report, _ in present.values())
+                self._enter(partial(self._ledger.forget_rounds_after, newest))
+            for peer_id in sorted(pending & reports.keys()):
+                rounds = [entry for entry in reports[peer_id].rounds if entry.round <= self._newest_round()]
+                if not self._enter(partial(self._ledger.add_rounds, peer_id, rounds)):
+                    break
+                pending.discard(peer_id)
+            self._say_who_is_here({peer: members[peer] for peer in present})
+
+    def _newest_round(self) -> int:
+        """No peer can have finished a later one; whoever says so is not believed."""
+        return self._averager.round + _ROUNDS_AHEAD
+
+    def _publish_state(self) -> None:
+        """Tell the swarm that an averager is here, and the newest round whose state it holds."""
+        self._node.publish(
+            Report(
+                time=get_dht_time(),
+                role="averager",
+                state="averaging",
+                round=self._averager.state_round,
+                samples=0,
+                samples_per_second=0.0,
+                device="coordinator",
+                version=__version__,
+                rounds=[],
+            )
+        )
 
     def _say_who_is_here(self, now: dict[str, str]) -> None:
         for peer_id, name in now.items():
@@ -162,24 +207,6 @@ class Coordinator:
             if peer_id not in now:
                 self._say(f"{name} is gone ({len(now)} here now)")
         self._here = now
-
-    def _announce_averager(self) -> None:
-        try:
-            self._node.publish(
-                Report(
-                    time=get_dht_time(),
-                    role="averager",
-                    state="averaging" if self._averager.is_current else "catching up",
-                    round=self._averager.round,
-                    samples=0,
-                    samples_per_second=0.0,
-                    device="coordinator",
-                    version=__version__,
-                    rounds=[],
-                )
-            )
-        except SwarmError as error:
-            _log.warning("the coordinator's report was not stored: %s", error)
 
     # ---- what the web service answers
 
@@ -229,7 +256,7 @@ class Coordinator:
     def _make_status(self) -> RunStatus:
         spec, rounds = self.run.spec, self._ledger.rounds()
         names, totals, present = self._ledger.members(), self._ledger.samples_by_peer(), self._roster.present("trainer")
-        number = max([self._checkpoint_round, *(round.round for round in rounds[-1:])])
+        number = self._averager.round
         in_round = sum(report.samples for report, _ in present.values() if report.round >= number)
         speed = sum(report.samples_per_second for report, _ in present.values())
         remaining = max(0, spec.swarm.target_batch_size - in_round)

@@ -1,6 +1,8 @@
 """The run at a glance: what `GET /api/v1/status` answers, and what the page, the console and the demo show."""
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_serializer
+
+ROUNDS_TOLD = 500  # newest rounds that a status carries over the network
 
 
 class VolunteerStatus(BaseModel):
@@ -45,4 +47,10 @@ class RunStatus(BaseModel):
     failed_rounds: int
     checkpoint_round: int = Field(description="Round of the newest checkpoint.")
     volunteers: list[VolunteerStatus] = Field(description="Who is here now, by name.")
-    rounds: list[RoundStatus] = Field(description="All finished rounds, oldest first.")
+    rounds: list[RoundStatus] = Field(
+        description=f"The last {ROUNDS_TOLD} finished rounds, oldest first; the totals above are of all of them."
+    )
+
+    @field_serializer("rounds")
+    def _newest(self, rounds: list[RoundStatus]) -> list[RoundStatus]:
+        return rounds[-ROUNDS_TOLD:]  # in the coordinator itself all are here, for the chart

@@ -26,6 +26,7 @@ def build_optimizer(groups: list[dict[str, Any]], spec: RunSpec) -> torch.optim.
         lr=values.learning_rate,
         betas=(values.beta1, values.beta2),
         eps=values.epsilon,
+        adam_debias=True,  # despite its name: no bias correction, as the paper has none; it would undo the warm-up
         weight_decouple=False,  # decay inside the trust ratio, as LAMB's Algorithm 2 has it
         pre_norm=values.max_grad_norm > 0,
         max_grad_norm=values.max_grad_norm,

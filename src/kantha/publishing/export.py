@@ -7,11 +7,12 @@ from transformers import PreTrainedTokenizerFast
 
 from kantha import __version__
 from kantha.corpus import SPECIAL_TOKENS, load_tokenizer
+from kantha.digests import check_file
 from kantha.errors import RunDirectoryError, StorageError
 from kantha.evaluation import quiet_transformers
 from kantha.spec import RunSpec, load_spec
 from kantha.training import Replica
-from kantha.training.checkpoint import MANIFEST, list_checkpoints
+from kantha.training.checkpoint import MANIFEST, SPEC_FILE, TOKENIZER_FILE, list_checkpoints, read_manifest
 
 _CARD = """\
 ---
@@ -47,13 +48,20 @@ def export_model(source: Path, out: Path) -> int:
         raise RunDirectoryError(f"{source}: neither a run nor a checkpoint; give the folder that `kantha serve` serves")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StorageError(f"{out}: exists already and is not empty; choose another folder for the model")
-    spec = load_spec(checkpoint / "run.yaml")
+    out = out.resolve()
+    if out == Path.cwd():
+        raise StorageError(f"{out}: is the folder you are in, which cannot be replaced; choose another for the model")
+    files = read_manifest(checkpoint).files
+    if SPEC_FILE not in files or TOKENIZER_FILE not in files:
+        raise RunDirectoryError(f"{checkpoint}: has no run spec or no tokenizer with it; choose another checkpoint")
+    check_file(checkpoint / SPEC_FILE, files[SPEC_FILE])
+    spec = load_spec(checkpoint / SPEC_FILE)
     replica = Replica(spec)
     replica.load(checkpoint)
-    load_tokenizer(checkpoint / "tokenizer.json", spec.tokenizer.sha256)
+    load_tokenizer(checkpoint / TOKENIZER_FILE, spec.tokenizer.sha256)
     pad, unknown, cls, sep, mask = SPECIAL_TOKENS
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(checkpoint / "tokenizer.json"),
+        tokenizer_file=str(checkpoint / TOKENIZER_FILE),
         pad_token=pad,
         unk_token=unknown,
         cls_token=cls,
@@ -73,7 +81,7 @@ def export_model(source: Path, out: Path) -> int:
         if out.exists():
             out.rmdir()
         partial.rename(out)
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001  safetensors and tokenizers have their own, even for a full disk
         raise StorageError(f"{out}: the model could not be written ({error}); make room, or choose another") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

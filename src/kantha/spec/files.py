@@ -38,12 +38,43 @@ def parse_spec(text: str, source: str) -> RunSpec:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise SpecError(source, [f"{place}not valid YAML ({problem})"]) from None
+    except RecursionError:
+        raise SpecError(source, ["nested too deeply for a run spec; see `kantha init`"]) from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML's, for dates and tags without sense
+        raise SpecError(source, [f"a value is not of the kind it seems to be ({error}); put it in quotes"]) from None
+    if root is not None and (repeated := list(_repeated_keys(root))):
+        raise SpecError(source, repeated)
     if not isinstance(content, dict):
         raise SpecError(source, ["is not a run spec: expected `name: …` and the other fields; see `kantha init`"])
     try:
         return RunSpec.model_validate(content)
     except ValidationError as error:
-        raise SpecError(source, [_describe(dict(mistake), root) for mistake in error.errors()]) from None
+        mistakes = error.errors()
+        around = {mistake["loc"][:depth] for mistake in mistakes for depth in range(len(mistake["loc"]))}
+        # a list whose items are all mistaken counts as empty, too, which is no mistake of its own
+        real = [m for m in mistakes if m["type"] != "too_short" or m["loc"] not in around]
+        raise SpecError(source, [_describe(dict(mistake), root) for mistake in real]) from None
+
+
+def _repeated_keys(root: yaml.Node) -> Iterator[str]:
+    """A line for every key that stands twice in one mapping: PyYAML would silently take the last."""
+    todo, seen = [root], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            todo += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if isinstance(key.value, str) and key.value in lines:
+                    yield f"line {line}: {key.value}: stands in line {lines[key.value]} already; take one out"
+                elif isinstance(key.value, str):
+                    lines[key.value] = line
+                todo.append(value)
 
 
 def _describe(mistake: dict[str, Any], root: yaml.Node | None) -> str:
@@ -106,7 +137,7 @@ def _lines(part: BaseModel, depth: int) -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from _lines(value, depth + 1)
         elif isinstance(value, Mapping):
-            yield f"{indent}{name}:"
+            yield f"{indent}{name}:" if value else f"{indent}{name}: {{}}"
             for key, item in value.items():
                 yield f"{indent}  {key}:"
                 yield from _lines(item, depth + 2)

@@ -6,13 +6,28 @@ specs never meet. What only one machine decides (its port, its disk, its micro-b
 
 import hashlib
 import json
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+# C0 and C1 controls, line and paragraph separator, and what turns the direction of writing
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def _one_line(text: str) -> str:
+    if found := _CONTROLS.search(text):
+        raise ValueError(f"must be one line without control characters, not with U+{ord(found[0]):04X}")
+    return text
+
+
+# Text of strangers that pages and terminals show.
+OneLine = Annotated[str, AfterValidator(_one_line)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # JSON has no infinities: volunteers would get another spec than the coordinator's
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSpec(_Part):
@@ -25,7 +40,9 @@ class ModelSpec(_Part):
     layer_groups: int = Field(1, ge=1, description="How many groups of layers have weights of their own; 1 shares all.")
     attention_heads: int = Field(12, ge=1, description="Attention heads; must divide hidden_size.")
     max_positions: int = Field(512, ge=8, description="Longest sequence, in tokens, the model can ever read.")
-    activation: str = Field("gelu_new", description="Activation function of the feed-forward part.")
+    activation: Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "tanh"] = Field(
+        "gelu_new", description="Activation function of the feed-forward part."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout; ALBERT trains best without.")
 
     @model_validator(mode="after")
@@ -135,7 +152,6 @@ class SwarmSpec(_Part):
     matchmaking_seconds: float = Field(15.0, gt=0, description="How long peers look for each other to average.")
     averaging_timeout: float = Field(120.0, gt=0, description="Seconds after which an averaging is given up.")
     compression: Literal["none", "fp16", "8bit"] = Field("fp16", description="Encoding of tensors on the wire.")
-    state_sync_rounds: int = Field(1, ge=1, description="Replicas are reconciled every this many rounds.")
     checkpoint_rounds: int = Field(20, ge=1, description="The coordinator saves a checkpoint every this many rounds.")
 
 
@@ -148,8 +164,8 @@ class ServiceSpec(_Part):
 class RunSpec(_Part):
     """All that the peers of one run agree on."""
 
-    name: str = Field(min_length=1, max_length=80, description="The run's name, as people read it.")
-    goal: str = Field("", max_length=400, description="One sentence for the run's page: what comes of it?")
+    name: OneLine = Field(min_length=1, max_length=80, description="The run's name, as people read it.")
+    goal: OneLine = Field("", max_length=400, description="One sentence for the run's page: what comes of it?")
     language: str = Field("bn", pattern="^[a-z]{2,3}$", description="ISO 639 code; chooses the normaliser.")
     seed: int = Field(0, ge=0, description="Seed of the initial weights and of every peer's walk through the data.")
     model: ModelSpec = Field(ModelSpec(), description="The network.")

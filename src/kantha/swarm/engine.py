@@ -46,8 +46,8 @@ class Engine(Protocol):
 
     def progress(self) -> Progress: ...
 
-    def see_averagers(self, count: int) -> None:
-        """Tell how many averagers (peers without gradients) are in the swarm now."""
+    def see_averagers(self, count: int, newest_round: int) -> None:
+        """Tell how many averagers (peers without gradients) are here, and the newest round whose state one holds."""
 
     def is_alive(self) -> bool:
         """Whether the processes behind it still run; if not, it cannot finish another round."""

@@ -1,24 +1,26 @@
 """Rounds by `hivemind.Optimizer`, checked for completeness, and able to live on outbound-only volunteers.
 
-Every round, gradients are averaged, weighted by samples; then every `state_sync_rounds` rounds the replicas (parameters
-and optimizer moments) are averaged too. The coordinator takes part in both without a weight of its own, so that after
-each round it holds the swarm's state even where no volunteer can be dialled.
+Every round, gradients are averaged, weighted by samples; then the replicas (parameters and optimizer moments) are
+reconciled by averaging them too. The coordinator takes part in both without a weight of its own, so that after each
+round it holds the swarm's state even where no volunteer can be dialled.
 
 Differences from hivemind's own behaviour, each because of what it does otherwise:
 
-* a round in which a part was missing, or the average is not finite, is reported as not whole (hivemind: a warning);
+* a round in which a part was missing, or the average is not finite, is reported as not whole (hivemind: a warning), and
+  such a reconciliation is not applied (hivemind: it is, and 0/0 of a group without weights spreads as NaN);
+* where averaging fails, a peer steps on the mean of its own gradients (hivemind: on zeros, as it has reset them);
 * outbound-only peers count for the swarm's round, and averagers count as company (hivemind: neither, so that a swarm of
   outbound-only peers never meets, and a single volunteer never averages with the coordinator);
-* a lone peer steps on the mean of its accumulated gradients (hivemind: on those of its last micro-batch);
-* fetching the state gives up after some attempts (hivemind: never).
+* state is served from a copy made between two steps (hivemind: from the memory that the optimizer is changing);
+* fetching the state gives up after a while (hivemind: never).
 """
 
 import asyncio
 import logging
 import multiprocessing
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, AsyncIterator  # noqa: UP035  hivemind finds streaming calls by the typing one only
 
 import hivemind
 import torch
@@ -38,7 +40,9 @@ from kantha.swarm.engine import Progress, RoundResult
 from kantha.swarm.node import Node
 from kantha.swarm.reports import PRESENT
 
-_STATE_ATTEMPTS = 4  # downloads of the swarm's state before a peer gives up
+_STATE_SECONDS = PRESENT + 40.0  # to fetch the swarm's state, before a peer gives up; peers that died are gone by then
+_STATE_RETRY = 2.0  # seconds between two attempts
+_ROUND_LIMIT = 10**7  # a peer that claims a later round is not believed
 _LINGER = 0.25  # seconds that a streamed answer stays open after its last message
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # averaged together with the parameters
 _log = logging.getLogger(__name__)
@@ -58,6 +62,8 @@ class _Verified(DecentralizedAverager):
     then, which may be the only part of an all-reduce, or the word that a group has begun.
     """
 
+    downloaded_round: int | None = None  # of the state that the last `load_state_from_peers` brought; None: it did not
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._outcome = multiprocessing.Array("q", 3)  # all-reduces done, peers in the last, whether it was whole
         super().__init__(*args, **kwargs)
@@ -69,7 +75,11 @@ class _Verified(DecentralizedAverager):
         try:
             await super()._run_allreduce_inplace_(tensors, group_info, group_id, **kwargs)
             runner = self._running_groups[group_info.group_id].result()
-            whole = runner.tensor_part_container.failed_size == 0 and not runner.banned_senders
+            whole = (
+                runner.tensor_part_container.failed_size == 0
+                and not runner.banned_senders
+                and all(bool(tensor.isfinite().all()) for tensor in tensors)
+            )
         finally:
             with self._outcome.get_lock():
                 self._outcome[:] = [self._outcome[0] + 1, group_info.group_size, whole]
@@ -96,28 +106,63 @@ class _Verified(DecentralizedAverager):
         await asyncio.sleep(_LINGER)
 
     def outcome(self) -> tuple[int, int, bool]:
-        """(all-reduces done so far, peers in the last one, whether it was whole)."""
+        """(all-reduces done so far, peers in the last one, whether it was whole and finite)."""
         with self._outcome.get_lock():
             done, peers, whole = self._outcome[:]
         return done, peers, bool(whole)
 
+    def load_state_from_peers(self, **kwargs: Any) -> Any:
+        self.downloaded_round = None
+        loaded = super().load_state_from_peers(**kwargs)
+        if loaded is not None and isinstance(loaded[0], dict) and isinstance(loaded[0].get("epoch"), int):
+            self.downloaded_round = loaded[0]["epoch"]
+        return loaded
 
-class _GradientAverager(_Verified, GradientAverager):
-    pass
+
+class _GradientAverager(GradientAverager, _Verified):
+    def step(self, *args: Any, reset_accumulators: bool = False, **kwargs: Any) -> Any:
+        # the optimizer resets them when the round is over; until then they are what a peer falls back on
+        return super().step(*args, reset_accumulators=False, **kwargs)
 
 
-class _StateAverager(_Verified, TrainingStateAverager):
+class _StateAverager(TrainingStateAverager, _Verified):
+    _seen = 0  # all-reduces whose results were applied, or passed over
+
     def _apply_averaging_results_(self) -> None:
-        super()._apply_averaging_results_()
-        # hivemind sends differences; rounding may turn a mean of squares negative, and its root into NaN
-        with torch.no_grad():
+        done, _, whole = self.outcome()
+        is_new, self._seen = done > self._seen, done
+        if not (is_new and whole):
+            return
+        with self.lock_optimizer, torch.no_grad():
+            super()._apply_averaging_results_()
+            # hivemind sends differences; rounding may turn a mean of squares negative, and its root into NaN
             for state in self.optimizer.state.values():
                 state["exp_avg_sq"].clamp_(min=0.0)
+
+    def get_current_state(self) -> Any:
+        with self.lock_optimizer:
+            metadata, tensors, infos = super().get_current_state()
+            return metadata, [tensor.clone() for tensor in tensors], infos
+
+    def fetch(self, timeout: float) -> bool:
+        """Take over the state of a peer that is as far as this one, or farther; returns whether one gave it."""
+        before = self.local_epoch
+        try:
+            self.load_state_from_peers(timeout=timeout)
+        except Exception as error:  # noqa: BLE001  what a peer sends can make hivemind fail in any way
+            _log.warning("fetching the state failed: %r", error)
+            return False
+        return self.downloaded_round is not None and self.local_epoch == self.downloaded_round >= before
 
 
 class _Tracker(ProgressTracker):
     averagers = 0  # averagers in the swarm
+    averager_round = 0  # newest round whose state one of them holds
     swarm_round: int | None = None  # newest round of any trainer; None while there is none
+
+    def see_averagers(self, count: int, newest_round: int) -> None:
+        self.global_progress.num_peers += count - self.averagers
+        self.averagers, self.averager_round = count, newest_round
 
     def _parse_swarm_progress_data(self, metadata: Any) -> GlobalTrainingProgress:
         self.swarm_round = None
@@ -125,11 +170,13 @@ class _Tracker(ProgressTracker):
             metadata = {
                 subkey: ValueWithExpiration({**entry.value, "client_mode": False}, entry.expiration_time)
                 for subkey, entry in metadata.items()
-                if entry.value is not None
+                if entry.value is not None and entry.value["epoch"] < _ROUND_LIMIT
             }
             self.swarm_round = max((entry.value["epoch"] for entry in metadata.values()), default=None)
         progress = super()._parse_swarm_progress_data(metadata)
         progress.num_peers += self.averagers
+        if self.averager_round > progress.epoch:
+            progress.epoch, progress.samples_accumulated = self.averager_round, 0
         return progress
 
 
@@ -155,7 +202,7 @@ class _Optimizer(hivemind.Optimizer):
             target_batch_size=settings.target_batch_size,
             matchmaking_time=settings.matchmaking_seconds,
             averaging_timeout=settings.averaging_timeout,
-            average_state_every=settings.state_sync_rounds,
+            average_state_every=1,
             average_opt_statistics=_MOMENTS,
             delay_state_averaging=False,
             client_mode=node.outbound_only,
@@ -232,20 +279,22 @@ class _Optimizer(hivemind.Optimizer):
         if self.scheduled_grads is not None and not self.scheduled_grads.done():
             self._tag_along_with_zero_weight(self.scheduled_grads)
         self.scheduled_grads = None
-        with self.tracker.pause_updates():
-            for _ in range(_STATE_ATTEMPTS):
-                self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
-                if self.local_epoch >= self.tracker.global_epoch - 1:
-                    break
-                time.sleep(1.0)
-            else:
+        deadline = time.monotonic() + _STATE_SECONDS
+        while True:
+            with self.tracker.pause_updates():
+                wanted = self.tracker.global_epoch
+                if self.state_averager.fetch(self.load_state_timeout) and self.local_epoch >= wanted - 1:
+                    # a round may have ended while the state was on its way; the next reconciliation evens it out
+                    self.set_round(max(self.local_epoch, wanted))
+                    self.grad_averager.reset_accumulated_grads_()
+                    return
+            if self.local_epoch >= self.tracker.global_epoch:
+                return  # whoever was ahead is gone
+            if time.monotonic() > deadline:
                 raise SwarmError(
-                    f"no peer gave the swarm's state of round {self.tracker.global_epoch} "
-                    f"in {_STATE_ATTEMPTS} attempts; join again"
+                    f"no peer gave the swarm's state of round {wanted} within {_STATE_SECONDS:.0f} s; join again"
                 )
-            # one round behind: it ended while the state was on its way; the next sync of the replicas evens it out
-            self.set_round(max(self.local_epoch, self.tracker.global_epoch))
-            self.grad_averager.reset_accumulated_grads_()
+            time.sleep(_STATE_RETRY)
 
     def is_alive(self) -> bool:
         return bool(self.state_averager.is_alive() and self.grad_averager.is_alive())
@@ -309,8 +358,8 @@ class HivemindEngine:
             seconds_left=max(0.0, left) if left < 24 * 3600 else None,
         )
 
-    def see_averagers(self, count: int) -> None:
-        self._optimizer.tracker.averagers = count
+    def see_averagers(self, count: int, newest_round: int) -> None:
+        self._optimizer.tracker.see_averagers(count, newest_round)
 
     def is_alive(self) -> bool:
         return self._optimizer.is_alive()
@@ -336,51 +385,61 @@ class HivemindAverager:
         self._optimizer = _Optimizer(
             node=node, settings=settings, optimizer=optimizer, scheduler=schedule, auxiliary=True
         )
-        self._optimizer.set_round(round_number)
-        self.is_current = True
-        self._share_state()
+        self._optimizer.tracker.see_averagers(1, round_number)  # itself: company for a volunteer that is alone
+        self.state_round = round_number  # at which the replica's tensors are; the swarm may be farther
+        self.failed_round: int | None = None  # the round whose averaging was not whole, as seen in the last tick
+        self._set_round(round_number)
 
     @property
     def round(self) -> int:
+        """The round that the swarm has finished, as far as this peer knows."""
         return int(self._optimizer.local_epoch)
 
     def tick(self) -> bool:
-        """Take part in an averaging if one is due. Returns whether the replica changed and is the swarm's, whole."""
-        tracker, state = self._optimizer.tracker, self._optimizer.state_averager
-        if tracker.swarm_round is not None and tracker.swarm_round > self.round:
-            return self._catch_up(tracker.swarm_round)
-        updates, before, (averagings, _, _) = self._optimizer.updates, self.round, state.outcome()
+        """Take part in an averaging if one is due. Returns whether the replica now is the state of a newer round."""
+        tracker, gradients = self._optimizer.tracker, self._optimizer.grad_averager
+        self.failed_round = None
+        swarm_round = tracker.swarm_round
+        if swarm_round is None and self.round != self.state_round:
+            self._set_round(self.state_round)  # all are gone; whoever comes next starts from this replica
+        if swarm_round is not None and swarm_round > self.round:
+            return self._catch_up(swarm_round)
+        before, updates, averagings = self.round, self._optimizer.updates, gradients.outcome()[0]
+        syncs, _, _ = self._optimizer.state_averager.outcome()
         self._optimizer.step()
         if self._optimizer.updates == updates:
             return False
-        done, _, whole = state.outcome()
-        if done > averagings and whole:
-            self.is_current = True
-        else:  # hivemind counts the round all the same; without the swarm's state it did not happen here
-            self._optimizer.set_round(before)
-            self.is_current = tracker.swarm_round is None or tracker.swarm_round <= before
-        self._share_state()
-        return self.is_current and done > averagings
+        done, _, whole = gradients.outcome()
+        if done > averagings and not whole:
+            self.failed_round = self.round
+        done, _, whole = self._optimizer.state_averager.outcome()
+        if done > syncs and whole:
+            self.state_round = self.round
+            self._share_state()
+            return True
+        self._set_round(before)  # hivemind counts the round all the same; if the swarm did, `_catch_up` will see it
+        return False
 
     def _catch_up(self, swarm_round: int) -> bool:
-        """This peer missed a round: fetch the state from a trainer that can be dialled, else wait for the next sync."""
-        self.is_current = False
-        self._share_state()
+        """This peer missed a round: fetch the state from a trainer that can be dialled, else wait for the next one."""
         state = self._optimizer.state_averager
-        before = self.round
-        state.load_state_from_peers(timeout=self._optimizer.load_state_timeout)
-        self.is_current = self.round > before and self.round >= swarm_round - 1
-        self._optimizer.set_round(max(self.round, swarm_round))
+        fetched = state.fetch(self._optimizer.load_state_timeout) and self.round > self.state_round
+        if fetched:
+            self.state_round = self.round
+        self._set_round(max(self.round, swarm_round))
+        return fetched
+
+    def _set_round(self, number: int) -> None:
+        self._optimizer.set_round(number)
         self._share_state()
-        return self.is_current
+
+    def _share_state(self) -> None:
+        """Offer the replica to newcomers only while it is the swarm's."""
+        self._optimizer.state_averager.allow_state_sharing = self.state_round == self.round
 
     def is_alive(self) -> bool:
         """Whether the processes behind it still run."""
         return self._optimizer.is_alive()
-
-    def _share_state(self) -> None:
-        """Offer the replica to newcomers only while it is the swarm's."""
-        self._optimizer.state_averager.allow_state_sharing = self.is_current
 
     def close(self) -> None:
         self._optimizer.shutdown()

@@ -8,7 +8,9 @@ import hashlib
 from pathlib import Path
 
 import multihash
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
@@ -29,7 +31,7 @@ class PeerIdentity:
             encoded = crypto_pb2.PrivateKey.FromString(path.read_bytes()).data
             self.key = RSAPrivateKey.__new__(RSAPrivateKey)
             self.key.__setstate__({"_private_key": encoded})
-        except (ValueError, TypeError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  of the file, of protobuf, of the cryptography: each has its own
             raise SwarmError(
                 f"{path}: not a readable peer identity ({error}); delete the file to start with a new one"
             ) from None
@@ -46,7 +48,12 @@ def peer_id_of(public_key: str) -> str:
 
     https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md
     """
-    key = serialization.load_ssh_public_key(public_key.encode())
+    try:
+        key = serialization.load_ssh_public_key(public_key.encode())
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(key, rsa.RSAPublicKey):
+        raise ValueError("not an RSA key")
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     encoded = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=der).SerializeToString()
     return PeerID(multihash.encode(hashlib.sha256(encoded).digest(), "sha2-256")).to_base58()
@@ -57,5 +64,5 @@ def verify_signature(public_key: str, message: bytes, signature: str) -> bool:
     try:
         base64.b64decode(signature, validate=True)
         return bool(RSAPublicKey.from_bytes(public_key.encode()).verify(message, signature.encode()))
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         return False

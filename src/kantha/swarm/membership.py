@@ -12,9 +12,10 @@ from typing import Literal
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kantha.errors import MembershipError
+from kantha.errors import MembershipError, printable
+from kantha.spec import OneLine
 from kantha.swarm.identity import PeerIdentity, peer_id_of, verify_signature
 
 LIFETIME = 24 * 3600  # seconds a certificate is valid
@@ -34,7 +35,7 @@ class MembershipRequest(_Message):
     """What a volunteer sends to be let in; the signature proves that it holds the peer's key."""
 
     run: str = Field(pattern="^[0-9a-f]{64}$", description="The run's fingerprint.")
-    username: str = Field(min_length=1, max_length=40, pattern=r"^[^\x00-\x1f\x7f]+$")
+    username: OneLine = Field(min_length=1, max_length=40)
     service: Service = "local"
     public_key: str = Field(max_length=2_000, description="The peer's public key, OpenSSH form.")
     issued: int = Field(description="When this was asked, seconds since 1970; an old request is refused.")
@@ -42,17 +43,25 @@ class MembershipRequest(_Message):
 
     @classmethod
     def signed(cls, identity: PeerIdentity, run: str, username: str, service: Service) -> "MembershipRequest":
-        request = cls(
-            run=run, username=username, service=service, public_key=identity.public_key, issued=int(time.time())
-        )
+        """Raises `MembershipError` where the name cannot be used."""
+        try:
+            request = cls(
+                run=run, username=username, service=service, public_key=identity.public_key, issued=int(time.time())
+            )
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise MembershipError(
+                f"{printable(username, 40)!r} cannot be your name here ({reason}); give another with --name"
+            ) from None
         signature = identity.sign(request.canonical(exclude={"signature"}))
         return request.model_copy(update={"signature": signature})
 
     def verified_peer_id(self) -> str:
         """The peer id that asks. Raises `MembershipError` where the signature or the time is wrong."""
-        if abs(time.time() - self.issued) > CLOCK_SKEW:
+        difference = abs(int(time.time()) - self.issued)
+        if difference > CLOCK_SKEW:
             raise MembershipError(
-                f"this machine's clock differs from the coordinator's by {abs(time.time() - self.issued):.0f} s; "
+                f"this machine's clock differs from the coordinator's by {difference} s; "
                 f"set it right (at most {CLOCK_SKEW} s are allowed) and join again"
             )
         if not verify_signature(self.public_key, self.canonical(exclude={"signature"}), self.signature):

@@ -26,6 +26,10 @@ from kantha.swarm.processes import (
 )
 from kantha.swarm.reports import LIFETIME, Report, ReportSchema
 
+_UNREACHABLE = (
+    "no peer of the swarm answers at {where} ({reason}); "
+    "check that the coordinator runs and that this network lets TCP connections out"
+)
 _CALL_TIMEOUT = 20.0  # seconds for one look-up or store in the DHT
 _log = logging.getLogger(__name__)
 
@@ -52,21 +56,22 @@ class Node:
         *,
         bootstrap: Sequence[str] = (),
         listen: Sequence[str] = (),
-        announce: Sequence[str] = (),
         outbound_only: bool = False,
     ) -> None:
         """
         :param run: fingerprint of the run spec; part of every key, so that other runs' peers are never met
         :param bootstrap: multiaddrs of peers that are already in the swarm
         :param listen: multiaddrs to accept connections on
-        :param announce: multiaddrs to be known by, where they differ from `listen`
         :param outbound_only: accept no connections (client mode)
         :raises SwarmError: when nobody at `bootstrap` answers, or the libp2p daemon does not start
         """
         self.identity = identity
         self.outbound_only = outbound_only
         self.prefix = f"kantha-{run[:32]}"
-        self._bootstrap = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in bootstrap]
+        try:
+            self._bootstrap = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in bootstrap]
+        except (ValueError, LookupError) as error:
+            raise SwarmError(f"the coordinator gave an address of the swarm that is none ({error})") from None
         self._key = f"{self.prefix}_reports"
         signature = RSASignatureValidator(identity.key)
         self._subkey = signature.local_public_key
@@ -77,12 +82,13 @@ class Node:
                 start=True,
                 client_mode=outbound_only,
                 host_maddrs=list(listen) or ["/ip4/127.0.0.1/tcp/0"],
-                announce_maddrs=list(announce) or None,
                 no_listen=outbound_only,
                 identity_path=str(identity.path),
                 record_validators=[SchemaValidator(ReportSchema, prefix=self.prefix), signature],
             )
         except P2PDaemonError as error:
+            if "bootstrap" in str(error):
+                raise SwarmError(_UNREACHABLE.format(where=", ".join(bootstrap), reason=error)) from None
             if "already taken" in str(error):
                 raise SwarmError(
                     f"another machine is in this swarm with the same identity ({identity.path}); "
@@ -90,10 +96,7 @@ class Node:
                 ) from None
             raise SwarmError(f"the libp2p daemon did not start: {error}; try again in a minute") from None
         except (OSError, RuntimeError) as error:
-            raise SwarmError(
-                f"no peer of the swarm answers at {', '.join(bootstrap) or 'its address'} ({error}); "
-                "check that the coordinator runs and that this network lets TCP connections out"
-            ) from None
+            raise SwarmError(_UNREACHABLE.format(where=", ".join(bootstrap), reason=error)) from None
 
     @property
     def peer_id(self) -> str:
@@ -148,6 +151,8 @@ class Node:
             return future.result(timeout=_CALL_TIMEOUT)
         except FutureTimeoutError:
             raise SwarmError(f"the swarm did not answer within {_CALL_TIMEOUT:.0f} s") from None
+        except Exception as error:  # the DHT's process hands on whatever went wrong there
+            raise SwarmError(f"the swarm's DHT failed: {error!r}") from error
 
 
 async def _greet(_dht: DHT, node: DHTNode, peers: Sequence[PeerID]) -> None:

@@ -30,6 +30,7 @@ def prepare_forks() -> None:
 
 def _after_fork() -> None:
     signal_when_parent_dies(signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the program's own handler is for the program
     # PyTorch rebuilds its thread pool at the first use after a fork, and two threads that are first at once crash
     # ("Invalid thread pool!"): be first while there is only one. The forked averagers need no second core.
     torch.set_num_threads(1)

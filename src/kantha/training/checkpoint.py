@@ -8,6 +8,8 @@ A checkpoint is a folder:
     run.yaml tokenizer.json what is needed besides to resume the run, or to export a model, from this folder alone
 """
 
+import contextlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kantha.digests import FileDigest, check_file, digest_of
-from kantha.errors import DigestError, RunDirectoryError, StorageError
+from kantha.errors import DigestError, NewerRunError, RunDirectoryError, StorageError
 from kantha.model import build_model, build_optimizer, build_schedule, parameter_groups
 from kantha.spec import RunSpec
 
@@ -28,6 +30,9 @@ FORMAT = 1
 MANIFEST = "checkpoint.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+SPEC_FILE = "run.yaml"
+TOKENIZER_FILE = "tokenizer.json"
+CHECKPOINT_FILES = frozenset({MODEL_FILE, OPTIMIZER_FILE, SPEC_FILE, TOKENIZER_FILE})  # all that a manifest may name
 _KEPT = 3  # newest checkpoints that are not deleted
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # the rest of LAMB's state is diagnostics, made anew in every step
 
@@ -40,6 +45,16 @@ class Manifest(BaseModel):
     round: int = Field(ge=0)
     fingerprint: str
     files: dict[str, FileDigest]
+
+    @field_validator("files")
+    @classmethod
+    def _known_files(cls, files: dict[str, FileDigest]) -> dict[str, FileDigest]:
+        # the names become paths, and a manifest may come from a stranger
+        if unknown := files.keys() - CHECKPOINT_FILES:
+            raise ValueError(f"{min(unknown)!r} is no file of a checkpoint")
+        if missing := {MODEL_FILE, OPTIMIZER_FILE} - files.keys():
+            raise ValueError(f"{min(missing)} is missing")
+        return files
 
 
 class Replica:
@@ -65,7 +80,7 @@ class Replica:
 
     def save(self, folder: Path, round_number: int, extra_files: Mapping[str, bytes] | None = None) -> None:
         """Write a checkpoint to `folder`, which appears only when it is whole. Raises `StorageError`."""
-        partial = folder.with_name(f".partial-{folder.name}")
+        partial, replaced = (folder.with_name(f".{what}-{folder.name}") for what in ("partial", "replaced"))
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -82,11 +97,16 @@ class Replica:
             (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
             for file in (*partial.iterdir(), partial):
                 _flush(file)
-            if folder.exists():
-                shutil.rmtree(folder)
+            if folder.exists():  # the same round again: the old one goes only when the new one is in its place
+                shutil.rmtree(replaced, ignore_errors=True)
+                folder.rename(replaced)
             partial.rename(folder)
             _flush(folder.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, SafetensorError) as error:
+            if replaced.exists() and not folder.exists():
+                with contextlib.suppress(OSError):
+                    replaced.rename(folder)
             shutil.rmtree(partial, ignore_errors=True)
             raise StorageError(
                 f"{folder}: the checkpoint of round {round_number} could not be written ({error}); "
@@ -94,7 +114,8 @@ class Replica:
             ) from None
 
     def load(self, folder: Path) -> None:
-        """Take over a checkpoint. Raises `DigestError` where a file is not what its manifest says."""
+        """Take over a checkpoint. Raises `DigestError` where a file is not what its manifest says, `NewerRunError`
+        where a newer Kantha wrote it, and `RunDirectoryError` where it is another run's."""
         manifest = read_manifest(folder)
         if manifest.fingerprint != self.spec.fingerprint:
             raise RunDirectoryError(f"{folder}: this checkpoint belongs to another run spec")
@@ -109,10 +130,17 @@ class Replica:
 
 
 def read_manifest(folder: Path) -> Manifest:
+    """Raises `DigestError` where there is none that can be read, `NewerRunError` where its format is a newer one."""
     try:
-        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
+        content = json.loads((folder / MANIFEST).read_bytes())
+        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+            raise NewerRunError(
+                f"{folder}: written by a newer Kantha (format {content['format']}, this one reads {FORMAT}); "
+                "update with `pip install --upgrade kantha`"
+            )
+        return Manifest.model_validate(content)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
         raise DigestError(f"{folder}: not a whole checkpoint ({reason}); delete that folder") from None
 
 
@@ -126,12 +154,19 @@ def checkpoint_folder(folder: Path, round_number: int) -> Path:
 
 
 def drop_old_checkpoints(folder: Path) -> None:
-    for path in list_checkpoints(folder)[_KEPT:]:
-        shutil.rmtree(path)
+    """Raises `StorageError`."""
+    try:
+        for path in list_checkpoints(folder)[_KEPT:]:
+            shutil.rmtree(path)
+    except OSError as error:
+        raise StorageError(f"{path}: an old checkpoint cannot be deleted ({error.strerror}); delete it") from None
 
 
 def _copy_into(targets: dict[str, Any], path: Path) -> None:
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise DigestError(f"{path}: not a safetensors file ({error}); get it again") from None
     if tensors.keys() != targets.keys() or any(tensors[n].shape != t.shape for n, t in targets.items()):
         raise DigestError(f"{path}: holds other tensors than this run's model; get it again")
     for name, target in targets.items():

@@ -1,10 +1,12 @@
 """What a volunteer sees: a live panel in a terminal, plain lines elsewhere."""
 
+import threading
 import time
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.progress_bar import ProgressBar
@@ -20,7 +22,14 @@ class VolunteerConsole:
     """A context manager around the training loop."""
 
     def __init__(
-        self, run_name: str, url: str, username: str, session: Session, engine: Engine, console: Console
+        self,
+        run_name: str,
+        url: str,
+        username: str,
+        session: Session,
+        engine: Engine,
+        console: Console,
+        stop: threading.Event,
     ) -> None:
         self._title = run_name
         self._url = url
@@ -28,6 +37,7 @@ class VolunteerConsole:
         self._session = session
         self._engine = engine
         self._console = console
+        self._stop = stop
         self._said = time.monotonic()
         self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=2, transient=True)
 
@@ -76,12 +86,13 @@ class VolunteerConsole:
         facts.add_row("loss", "–" if session.loss is None else f"{session.loss:.3f}")
         if not session.coordinator_here:
             facts.add_row("", "the coordinator does not answer; training goes on without it")
-        facts.add_row("next", session.next_event(progress))
+        leaving = "leaving, once this is done: " if self._stop.is_set() else ""
+        facts.add_row("next", leaving + session.next_event(progress))
         bar = ProgressBar(total=progress.target, completed=min(session.swarm_samples, progress.target), width=50)
         body = Group(
             facts, bar, f"[dim]{session.swarm_samples} of {progress.target} samples · {self._url} · Ctrl-C leaves[/dim]"
         )
-        return Panel(body, title=f"{self._title} · {self._username}", expand=False)
+        return Panel(body, title=escape(f"{self._title} · {self._username}"), expand=False)
 
 
 def download_progress(console: Console) -> Progress:

@@ -1,8 +1,7 @@
 """Where a volunteer's files are: one folder a run, below the user's data folder (`KANTHA_HOME` overrides it).
 
-<run>/tokenizer.json
-<run>/snapshot/               the swarm's state as it was when this machine last joined
 <run>/<name>-<slot>/          one peer of this machine: peer.key (its libp2p identity), volunteer.log
+<run>/<name>-<slot>/snapshot/ the swarm's state as it was when this peer last joined, and the run's tokenizer
 """
 
 import os
@@ -16,6 +15,7 @@ from kantha.errors import StorageError, SwarmError
 from kantha.swarm.identity import PeerIdentity
 
 _SLOTS = 64  # peers of one name on one machine
+_NAME_LENGTH = 40  # of a folder; too long a name is for the membership to refuse, not for the file system
 
 
 def home() -> Path:
@@ -29,7 +29,7 @@ class PeerFolder:
 
     def __init__(self, run: str, username: str) -> None:
         self.run_folder = home() / run[:16]
-        safe = re.sub(r"[^\w.-]+", "_", username).strip("._") or "volunteer"
+        safe = re.sub(r"[^\w.-]+", "_", username).strip("._")[:_NAME_LENGTH] or "volunteer"
         try:
             for slot in range(_SLOTS):
                 self.path = self.run_folder / f"{safe}-{slot}"

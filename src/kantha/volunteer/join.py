@@ -4,11 +4,12 @@ describe → membership → snapshot → swarm → ( batch → gradients → han
 """
 
 import logging
+import os
 import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,8 @@ from rich.console import Console
 
 from kantha.api import RunDescription
 from kantha.corpus import Batch, ExampleStream, load_tokenizer
-from kantha.errors import PlatformError, SwarmError
-from kantha.spec import RunSpec
+from kantha.errors import CorpusError, PlatformError, SwarmError
+from kantha.spec import FileSource, RunSpec
 from kantha.swarm.engine import Engine
 from kantha.swarm.hivemind_engine import HivemindEngine
 from kantha.swarm.node import Node, log_to_file
@@ -33,6 +34,9 @@ from kantha.volunteer.session import Session
 
 _CPU_BATCH, _GPU_BATCH = 8, 32  # examples computed at once
 _HAND_OVER_SECONDS = 1.0
+_LARGE = 5_000_000  # bytes from which on a download is worth a line where no bar is drawn
+_GOODBYES = 3  # attempts to say goodbye
+_DROPPED_IN_A_ROW = 50  # gradients that are not finite before a volunteer gives up; fp16 drops some at the start
 _log = logging.getLogger(__name__)
 
 
@@ -61,13 +65,19 @@ def join(url: str, options: JoinOptions, console: Console) -> None:
             request_membership(client, description, identity, options.username, "local")
             _say(console, f"let in as {options.username}; loading the state of round {description.snapshot.round}")
             replica = fetch_replica(client, description, spec, folder, console)
-        tokenizer = load_tokenizer(folder.run_folder / "tokenizer.json", spec.tokenizer.sha256)
-        outbound_only = options.outbound_only
-        if outbound_only is None:
-            outbound_only = urlsplit(client.url).hostname not in ("127.0.0.1", "localhost", "::1")
+        tokenizer = load_tokenizer(folder.path / "snapshot" / "tokenizer.json", spec.tokenizer.sha256)
+        is_here = urlsplit(client.url).hostname in ("127.0.0.1", "localhost", "::1")
+        if not is_here and any(isinstance(source, FileSource) for source in spec.data.sources):
+            raise CorpusError(f"{url}: the run's text is in files of the coordinator's machine; only that one can join")
         with (
             closing(
-                Node(spec.fingerprint, identity, bootstrap=description.bootstrap, outbound_only=outbound_only)
+                Node(
+                    spec.fingerprint,
+                    identity,
+                    bootstrap=description.bootstrap,
+                    listen=["/ip4/127.0.0.1/tcp/0" if is_here else "/ip4/0.0.0.0/tcp/0"],
+                    outbound_only=not is_here if options.outbound_only is None else options.outbound_only,
+                )
             ) as node,
             closing(
                 HivemindEngine(node, spec.swarm, replica.parameters, replica.optimizer, replica.schedule, replica.round)
@@ -81,12 +91,14 @@ def join(url: str, options: JoinOptions, console: Console) -> None:
             batch = options.micro_batch or (_GPU_BATCH if device.type == "cuda" else _CPU_BATCH)
             session = Session(describe_device(device), engine.round)
             with (
-                VolunteerConsole(spec.name, client.url, options.username, session, engine, console) as screen,
-                _Reporter(node, engine, session) as reporter,
+                VolunteerConsole(
+                    spec.name, client.url, options.username, session, engine, console, signals.stop
+                ) as screen,
+                _Reporter(node, engine, session, signals.fail) as reporter,
             ):
-                signals.training = True
+                signals.stop_ends_loop = True
                 train(stream, batch, trainer, engine, replica, session, screen, reporter, signals.stop)
-                signals.training = False
+            _say(console, "leaving the swarm …")
         _say(
             console,
             f"left after {(time.monotonic() - session.started) / 60:.1f} minutes: {session.counted} of your samples "
@@ -110,13 +122,20 @@ def train(
     stop: threading.Event,
 ) -> None:
     """The loop that ties training to swarm, until `stop` is set."""
+    dropped = 0
     trainer.load(replica.parameters)
     while not stop.is_set():
         reporter.raise_if_failed()
         began = time.monotonic()
         gradients = trainer.compute(_batches(stream, batch_size))
         if gradients is None:
+            dropped += 1
+            if dropped == _DROPPED_IN_A_ROW:
+                raise SwarmError(
+                    f"the last {dropped} gradients were not finite: the model diverged; tell the organizer"
+                )
             continue
+        dropped = 0
         session.computed(gradients, time.monotonic() - began)
         result = engine.contribute(gradients.tensors, gradients.samples)
         session.handed_over(result, engine.round)
@@ -136,14 +155,15 @@ def _batches(stream: ExampleStream, size: int) -> Iterator[Batch]:
 def fetch_replica(
     client: CoordinatorClient, description: RunDescription, spec: RunSpec, folder: PeerFolder, console: Console
 ) -> Replica:
-    """The run's tokenizer and newest checkpoint, downloaded unless they are here, checked and loaded."""
+    """The run's newest checkpoint, its tokenizer included, downloaded unless it is here, checked and loaded."""
     snapshot = folder.path / "snapshot"
-    files = [(description.tokenizer, folder.run_folder / "tokenizer.json")]
-    files += [(file, snapshot / name) for name, file in description.snapshot.files.items()]
     with download_progress(console) as progress:
-        for file, target in files:
+        for name, file in description.snapshot.files.items():  # the names are known ones, see `Snapshot`
+            target = snapshot / name
             if target.exists() and file.matches(target):
                 continue
+            if not console.is_terminal and file.size > _LARGE:
+                _say(console, f"downloading {name}, {file.size / 1e6:.0f} MB")
             task = progress.add_task(target.name, total=file.size)
             client.download(file, target, lambda done, task=task: progress.advance(task, done))  # type: ignore[misc]
     replica = Replica(spec)
@@ -164,13 +184,14 @@ def check_platform() -> None:
 class _Reporter:
     """Reports in the background, and watches the swarm; a context manager around the training loop."""
 
-    def __init__(self, node: Node, engine: Engine, session: Session) -> None:
+    def __init__(self, node: Node, engine: Engine, session: Session, fail: Callable[[Exception], None]) -> None:
         self._node = node
+        self._fail = fail
         self._engine = engine
         self._session = session
         self._roster = Roster()
         self._stop = threading.Event()
-        self._error: SwarmError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
 
     def __enter__(self) -> "_Reporter":
@@ -183,9 +204,10 @@ class _Reporter:
         self._stop.set()
         self._thread.join()
         self._session.leave()
-        if self._error is None:
+        for _attempt in range(_GOODBYES if self._error is None else 0):
             try:
                 self._node.publish(self._session.report())
+                return
             except SwarmError as error:
                 _log.warning("the goodbye reached nobody: %s", error)
 
@@ -194,11 +216,15 @@ class _Reporter:
             raise self._error
 
     def _run(self) -> None:
-        while not self._stop.wait(RENEWAL):
-            if not (self._node.is_alive() and self._engine.is_alive()):
-                self._error = SwarmError("a swarm process of this machine ended unexpectedly; join again")
-                return
-            self._exchange()
+        try:
+            while not self._stop.wait(RENEWAL):
+                if not (self._node.is_alive() and self._engine.is_alive()):
+                    raise SwarmError("a swarm process of this machine ended unexpectedly; join again")
+                self._exchange()
+        except Exception as error:  # noqa: BLE001  raised again by the training loop, in the main thread
+            _log.exception("the reporter stopped")
+            self._error = error
+            self._fail(error)
 
     def _exchange(self) -> None:
         """Tell the swarm of this peer, and look who else is there."""
@@ -211,7 +237,7 @@ class _Reporter:
         except SwarmError as error:
             _log.warning("%s", error)  # the console says that the coordinator does not answer
         trainers, averagers = self._roster.present("trainer"), self._roster.present("averager")
-        self._engine.see_averagers(len(averagers))
+        self._engine.see_averagers(len(averagers), max((report.round for report, _ in averagers.values()), default=0))
         session.peers = len(trainers)
         session.coordinator_here = bool(averagers)
         session.swarm_speed = sum(report.samples_per_second for report, _ in trainers.values())
@@ -219,14 +245,15 @@ class _Reporter:
 
 
 class _StopSignals:
-    """SIGINT and SIGTERM end the training loop after the batch under way; at other times, or twice, they end at once.
+    """SIGINT and SIGTERM end the training loop after what is under way; before it they end the program, twice at once.
 
     A context manager. hivemind ignores SIGINT in a process that makes an averager, so `install` again after that.
     """
 
     def __init__(self, console: Console) -> None:
         self.stop = threading.Event()
-        self.training = False
+        self.stop_ends_loop = False
+        self._error: Exception | None = None
         self._console = console
         self._before: dict[signal.Signals, Any] = {}
 
@@ -243,8 +270,19 @@ class _StopSignals:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
+    def fail(self, error: Exception) -> None:
+        """From another thread: raise `error` in the main thread, which may be waiting for a process that is gone."""
+        self._error = error
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _ask(self, _signum: int, _frame: object) -> None:
-        if not self.training or self.stop.is_set():
-            raise KeyboardInterrupt
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if self.stop.is_set():  # asked before: hivemind may wait for an averaging; the kernel ends our children with us
+            if self._console.is_terminal:
+                self._console.show_cursor(True)
+            os._exit(130)
         self.stop.set()
-        self._console.print("leaving: finishing what is under way (Ctrl-C again leaves at once)", markup=False)
+        if not self.stop_ends_loop:
+            raise KeyboardInterrupt

@@ -39,13 +39,15 @@ function sentence(round) {
 
 function showFigures(status) {
   const last = status.rounds.at(-1);
-  const progress = `${number(status.samples_in_round)} of ${number(status.target_batch_size)} samples`;
+  const averaging = status.samples_in_round >= status.target_batch_size;
+  const counted = `${number(status.samples_in_round)} of ${number(status.target_batch_size)} samples`;
+  const progress = averaging ? "averaging" : counted;
   setField("loss", number(last ? last.loss : null, 2));
   setField("round", number(status.round));
   setField("samples", number(status.samples));
   setField("speed", number(status.samples_per_second, 1));
   setField("volunteers", number(status.volunteers.length));
-  setField("next", duration(status.seconds_to_next_round));
+  setField("next", averaging ? "now" : duration(status.seconds_to_next_round));
   setField("failed", number(status.failed_rounds));
   setField("checkpoint", status.checkpoint_round ? `round ${number(status.checkpoint_round)}` : "none yet");
   setField("progress", `Round ${number(status.round + 1)}: ${progress}`);

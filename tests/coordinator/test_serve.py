@@ -1,0 +1,141 @@
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kantha.coordinator import serve as module
+from kantha.errors import KanthaError, PortTakenError, StorageError, SwarmError, UnreachableError
+
+
+class FakeCoordinator:
+    """Does what the test wants when it is started."""
+
+    started: Callable[["FakeCoordinator"], None]
+    stopped = False
+    resumed_from = 0
+    failure: Exception | None = None
+    on_failure: Callable[[], None]
+
+    def __init__(self, run: Any, host: str, p2p_port: int, address: str, say: Callable[[str], None]) -> None:
+        self.run, self.address = run, address
+
+    def start(self) -> None:
+        type(self).started(self)
+
+    def stop(self) -> None:
+        type(self).stopped = True
+        if self.failure is not None:
+            raise RuntimeError("what came of the failure")
+
+    def status(self) -> None:
+        raise AssertionError
+
+    def fail(self) -> None:
+        self.failure = SwarmError("a swarm process ended")
+        self.on_failure()
+
+
+@pytest.fixture
+def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeCoordinator]]:
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(module, "Coordinator", FakeCoordinator)
+    monkeypatch.setattr(module, "log_to_file", lambda _: None)
+    monkeypatch.setattr(module, "_PORT_SECONDS", 0.2)
+    monkeypatch.setattr(FakeCoordinator, "stopped", False)
+    yield FakeCoordinator
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def serve(path: Path, host: str = "127.0.0.1", port: int = 0) -> list[str]:
+    said: list[str] = []
+    module.serve(path, host, port, None, said.append)
+    return said
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_a_thread_that_fails_ends_the_program_with_its_error(
+    coordinator: type[FakeCoordinator], run_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    def started(one: FakeCoordinator) -> None:
+        threading.Timer(seconds, one.fail).start() if seconds else one.fail()
+
+    monkeypatch.setattr(coordinator, "started", started, raising=False)
+    with pytest.raises(SwarmError, match="a swarm process ended"):
+        serve(run_path)
+    assert coordinator.stopped
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_from_the_start_on_ends_it_in_order(
+    coordinator: type[FakeCoordinator], run_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    monkeypatch.setattr(coordinator, "started", lambda _: signal.raise_signal(signum), raising=False)
+    assert serve(run_path)[-1] == "stopped"
+    assert coordinator.stopped
+
+
+@pytest.mark.parametrize(("host", "link"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("0:0::1", "[::1]")])
+def test_the_link_of_a_run_answers(
+    coordinator: type[FakeCoordinator], run_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, link: str
+) -> None:
+    answers: list[int] = []
+
+    def started(one: FakeCoordinator) -> None:
+        def ask() -> None:
+            answers.append(httpx.get(f"{one.address}/api/v1/tokenizer.json").status_code)
+            one.on_failure()
+
+        threading.Thread(target=ask).start()
+
+    monkeypatch.setattr(coordinator, "started", started, raising=False)
+    try:
+        said = serve(run_path, host)
+    except PortTakenError:
+        pytest.skip("no IPv6 here")
+    assert answers == [200]
+    assert said[1].startswith(f"the run's page: http://{link}:")
+
+
+@pytest.mark.parametrize("host", ["localhost", "example.org", "", "1.2.3", "*"])
+def test_a_host_that_is_no_address_is_told(run_path: Path, host: str) -> None:
+    with pytest.raises(UnreachableError, match="not an IP address"):
+        serve(run_path, host)
+
+
+def test_a_log_that_cannot_be_written_is_told(run_path: Path) -> None:
+    (run_path / "log").write_text("in the way")
+    with pytest.raises(StorageError, match=r"coordinator\.log") as caught:
+        serve(run_path)
+    assert isinstance(caught.value, KanthaError)
+
+
+# ---- ports
+
+
+def test_of_two_that_start_together_only_one_gets_the_port(coordinator: type[FakeCoordinator]) -> None:
+    with module._bind("127.0.0.1", 0, "--port") as first:
+        port = first.getsockname()[1]
+        with pytest.raises(PortTakenError, match=f"port {port} of 127.0.0.1 is used") as caught:
+            module._bind("127.0.0.1", port, "--port")
+        assert caught.value.exit_code == 15
+
+
+def test_connections_of_the_program_before_do_not_hold_the_port(coordinator: type[FakeCoordinator]) -> None:
+    with module._bind("127.0.0.1", 0, "--port") as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            listener.accept()[0].close()  # the side that closes first keeps the connection, in TIME_WAIT
+    module._bind("127.0.0.1", port, "--port").close()
+
+
+def test_children_of_a_coordinator_that_is_dying_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    dying = module._bind("127.0.0.1", 0, "--port")
+    port = dying.getsockname()[1]
+    threading.Timer(0.3, dying.close).start()
+    module._bind("127.0.0.1", port, "--port").close()
