@@ -1,5 +1,5 @@
 # make demo   the main job on this machine: a coordinator and three volunteers train a small model
-# make test   the tests
+# make test   the tests (ARGS="-m slow": those that take minutes each)
 # make lint   format, lint, types             make bench      the benchmarks
 # Each sets up .venv by itself, once, and again only when the requirements change.
 

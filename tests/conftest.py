@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is imported: no test asks it for anything
 
@@ -132,6 +133,7 @@ class _WebCoordinator(Coordinator):
         self._roster = Roster()
         self._status = None
         self._checkpoint_round = 0
+        self._averager = SimpleNamespace(round=0)  # what the swarm would know
 
 
 @pytest.fixture(scope="session")

@@ -276,7 +276,7 @@ def test_what_is_turned_away_is_not_read(coordinator_url: str, headers: dict[str
 )
 def test_only_the_own_host_names_are_answered(local: TestClient, host: str, status: int) -> None:
     """A page of evil.example whose name is suddenly said to be 127.0.0.1 (DNS rebinding) learns nothing."""
-    assert local.get("/api/v1/status", headers={"Host": host}).status_code == status
+    assert local.get("/api/v1/run", headers={"Host": host}).status_code == status
 
 
 def test_a_run_on_all_addresses_may_be_looked_at_under_every_name(

@@ -114,7 +114,7 @@ def test_some_steps_on_a_batch_lower_its_loss(tiny_spec: RunSpec, tiny_batches: 
     model = build_model(tiny_spec)
     optimizer = build_optimizer(parameter_groups(model, tiny_spec), tiny_spec)
     losses = []
-    for _ in range(30):
+    for _ in range(100):
         loss = pretraining_losses(model, tiny_batches[0]).total
         losses.append(loss.item())
         optimizer.zero_grad()

@@ -94,6 +94,7 @@ def run_peer_id(run: Run) -> str:
     return RunDirectory.open(run.run_dir).identity.peer_id
 
 
+@pytest.mark.slow
 def test_training_resumes_from_the_last_checkpoint_when_all_have_left(run: Run) -> None:
     coordinator = run.serve()
     volunteer = run.join("Asha")
@@ -114,6 +115,7 @@ def test_training_resumes_from_the_last_checkpoint_when_all_have_left(run: Run) 
     ledger.close()
 
 
+@pytest.mark.slow
 def test_volunteers_that_nobody_can_dial_train_through_the_coordinator(run: Run) -> None:
     run.serve()
     run.join("Asha", "--outbound-only")
@@ -130,6 +132,7 @@ def test_volunteers_that_nobody_can_dial_train_through_the_coordinator(run: Run)
     assert late.leave() == 0, late.output()
 
 
+@pytest.mark.slow
 def test_a_volunteer_that_is_alone_has_whole_rounds_and_its_end_does_not_spoil_the_checkpoint(run: Run) -> None:
     run.serve()
     alone = run.join("Asha")

@@ -132,10 +132,9 @@ class Ledger:
     def mark_failed(self, number: int, failed: bool = True) -> None:
         """Enter what the coordinator itself saw of a round; False takes back what was said of one now done again."""
         with self._session() as session:
-            if failed:
-                session.execute(insert(FailedRound).values(round=number).on_conflict_do_nothing())
-            else:
-                session.execute(delete(FailedRound).where(FailedRound.round == number))
+            said = insert(FailedRound).values(round=number).on_conflict_do_nothing()
+            taken_back = delete(FailedRound).where(FailedRound.round == number)
+            session.execute(said if failed else taken_back)
         self._state = object()
 
     def rounds(self) -> list[RoundStatus]:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kantha.corpus import save_tokenizer, train_tokenizer
 from kantha.digests import FileDigest, check_file, digest_of
-from kantha.errors import NewerRunError, RunDirectoryError, StorageError
+from kantha.errors import NewerRunError, RunDirectoryError, SpecError, StorageError
 from kantha.spec import RunSpec, dump_spec, load_spec
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.membership import RunKey
@@ -62,6 +62,8 @@ class RunDirectory:
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunDirectoryError(f"{path}: exists already and is not empty; choose another folder for the run")
+        if path.resolve() == Path.cwd():  # it would be replaced under the feet of the shell
+            raise RunDirectoryError(f"{path}: is the folder you are in; name another one, which is made")
         partial = path.with_name(f".partial-{path.name}")
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -106,14 +108,22 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{path / 'run.json'}: damaged ({str(error).splitlines()[0]}); restore it from a copy"
             ) from None
-        spec = load_spec(path / SPEC_FILE)
+        try:
+            spec = load_spec(path / SPEC_FILE)
+        except SpecError as error:
+            raise RunDirectoryError(f"{str(error).splitlines()[0]}; restore it from a copy") from None
         if spec.fingerprint != file.fingerprint:
             raise RunDirectoryError(
                 f"{path / SPEC_FILE}: was changed after the run was created; "
                 "restore it, or `kantha create` a new run from the changed spec"
             )
         run = cls(path, spec, file)
-        check_file(run.tokenizer, run.tokenizer_digest())
+        try:
+            check_file(run.tokenizer, run.tokenizer_digest())
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{run.tokenizer}: cannot be read ({error.strerror}); restore it from a copy"
+            ) from None
         return run
 
     @property

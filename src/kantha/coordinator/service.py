@@ -4,6 +4,7 @@ Three threads share it: `swarm` takes part in the averaging, `collect` reads the
 ask for the status. Only `swarm` touches the replica.
 """
 
+import ipaddress
 import logging
 import threading
 import time
@@ -65,7 +66,11 @@ class Coordinator:
         self._checkpoint_round = self._replica.round
         self._no_save_before = 0.0  # time.monotonic() until which a full disk is left alone
         try:
-            self._node = Node(run.spec.fingerprint, run.identity, listen=[f"/ip4/{host}/tcp/{p2p_port}"])
+            self._node = Node(
+                run.spec.fingerprint,
+                run.identity,
+                listen=[f"/ip{ipaddress.ip_address(host).version}/{host}/tcp/{p2p_port}"],
+            )
         except SwarmError as error:
             raise PortTakenError(
                 f"the swarm cannot use TCP port {p2p_port} of {host} ({error}); try --p2p-port"
@@ -123,8 +128,9 @@ class Coordinator:
         averager, checkpoint_rounds = self._averager, self.run.spec.swarm.checkpoint_rounds
         while not self._stop.wait(0.05):
             averager.tick()
-            if (failed := averager.failed_round) is not None:
-                self._enter(partial(self._ledger.mark_failed, failed))
+            if averager.witnessed is not None:
+                number, whole = averager.witnessed
+                self._enter(partial(self._ledger.mark_failed, number, not whole))
             newer = averager.state_round - self._checkpoint_round
             # when the last volunteer has left, what it did must not be lost
             if newer >= checkpoint_rounds or (newer > 0 and not self._roster.present("trainer")):
@@ -162,10 +168,10 @@ class Coordinator:
             try:
                 reports = self._node.reports()
                 self._publish_state()
-            except SwarmError as error:
+                members = self._ledger.members()
+            except (SwarmError, StorageError) as error:
                 _log.warning("%s", error)
                 continue
-            members = self._ledger.members()
             pending |= set(self._roster.update({peer: found for peer, found in reports.items() if peer in members}))
             present = self._roster.present("trainer")
             if present and not self._here:
@@ -240,9 +246,10 @@ class Coordinator:
     def checkpoint_file(self, round_number: int, name: str) -> str | None:
         """Path of a file of a checkpoint; None where there is no such file."""
         folder = checkpoint_folder(self.run.checkpoints, round_number)
-        if not (folder / MANIFEST).is_file() or name not in {MANIFEST, *read_manifest(folder).files}:
+        try:
+            return str(folder / name) if name in {MANIFEST, *read_manifest(folder).files} else None
+        except (DigestError, OSError):
             return None
-        return str(folder / name)
 
     def status(self) -> RunStatus:
         with self._lock:

@@ -95,11 +95,13 @@ def _alphabet(documents: Iterable[str]) -> list[str]:
 def _in_fixed_order(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
     """Take out of trained pieces, special ones first, what chance decides in a trainer that sums in parallel.
 
-    That is the last bits of the scores, and the order in which rare single characters are appended below all others.
+    That is the last bits of the scores, and the order in which rare single characters are appended, each 0.0001 above
+    the one before: these all get the lowest score.
     """
     special, trained = pieces[: len(SPECIAL_TOKENS)], pieces[len(SPECIAL_TOKENS) :]
     lowest = min((score for piece, score in trained if len(piece) > 1), default=-math.inf)
-    scored = [(piece, round(max(score, lowest), 6)) for piece, score in trained]
+    appended = lowest + 1e-4 * (1 + sum(len(piece) == 1 for piece, _ in trained))
+    scored = [(piece, round(lowest if len(piece) == 1 and score <= appended else score, 6)) for piece, score in trained]
     return [(piece, score) for piece, score in special] + sorted(scored, key=lambda scored: (-scored[1], scored[0]))
 
 

@@ -387,7 +387,7 @@ class HivemindAverager:
         )
         self._optimizer.tracker.see_averagers(1, round_number)  # itself: company for a volunteer that is alone
         self.state_round = round_number  # at which the replica's tensors are; the swarm may be farther
-        self.failed_round: int | None = None  # the round whose averaging was not whole, as seen in the last tick
+        self.witnessed: tuple[int, bool] | None = None  # the round averaged in the last tick, and whether it was whole
         self._set_round(round_number)
 
     @property
@@ -398,7 +398,7 @@ class HivemindAverager:
     def tick(self) -> bool:
         """Take part in an averaging if one is due. Returns whether the replica now is the state of a newer round."""
         tracker, gradients = self._optimizer.tracker, self._optimizer.grad_averager
-        self.failed_round = None
+        self.witnessed = None
         swarm_round = tracker.swarm_round
         if swarm_round is None and self.round != self.state_round:
             self._set_round(self.state_round)  # all are gone; whoever comes next starts from this replica
@@ -410,8 +410,8 @@ class HivemindAverager:
         if self._optimizer.updates == updates:
             return False
         done, _, whole = gradients.outcome()
-        if done > averagings and not whole:
-            self.failed_round = self.round
+        if done > averagings:
+            self.witnessed = (self.round, whole)
         done, _, whole = self._optimizer.state_averager.outcome()
         if done > syncs and whole:
             self.state_round = self.round
