@@ -140,6 +140,13 @@ class Coordinator:
         number = self._averager.state_round
         if number <= self._checkpoint_round or time.monotonic() < self._no_save_before:
             return
+        if not self._replica.is_finite():
+            self._no_save_before = time.monotonic() + _STORAGE_RETRY
+            self._say(
+                f"round {number}: the weights are not finite, they are not saved; the checkpoint of round "
+                f"{self._checkpoint_round} is good: stop all volunteers and the coordinator, and start from there"
+            )
+            return
         try:
             self.run.save_checkpoint(self._replica, number)
             self._checkpoint_round = number

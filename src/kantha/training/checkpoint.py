@@ -71,6 +71,10 @@ class Replica:
     def parameters(self) -> list[torch.nn.Parameter]:
         return list(self.model.parameters())
 
+    def is_finite(self) -> bool:
+        """Whether every weight is a number; a model that diverged must not replace one that did not."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
     def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
         return {
             f"{name}.{moment}": self.optimizer.state[parameter][moment]
