@@ -213,7 +213,7 @@ def test_a_demo_that_could_not_write_is_not_begun(kantha: Kantha, tmp_path: Path
 def test_a_demo_waits_for_its_processes_as_long_as_averaging_may_take(
     kantha: Kantha, tiny_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(patience: float) -> None:
+    def told(patience: float, _say: object) -> None:
         raise KanthaError(f"{patience:g} seconds")
 
     monkeypatch.setattr(RunDirectory, "create", lambda *_: tiny_run)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -83,7 +84,7 @@ def run_demo(
     )
     # who is asked to leave first ends what is under way: gradients, then state, and each perhaps a second time
     patience = 4 * run.spec.swarm.averaging_timeout + 30
-    with _children(patience) as start:
+    with _children(patience, say) as start:
         coordinator = start("coordinator", out, ["serve", str(run.path), "--port", str(port)])
         url = _wait_for_page(coordinator)
         say(f"the run's page: {url}   (open it in a browser; `kantha join {url} --name YOU` joins)")
@@ -131,7 +132,7 @@ def _new_folder() -> Path:
 
 
 @contextmanager
-def _children(patience: float) -> Iterator[Any]:
+def _children(patience: float, say: Callable[[str], None]) -> Iterator[Any]:
     """A function that starts `kantha` commands; all of them have ended when the block is left, however it is left.
 
     :param patience: seconds that each gets to end by itself
@@ -159,6 +160,8 @@ def _children(patience: float) -> Iterator[Any]:
         yield start
     finally:
         alive = [child for child in started if child.process.poll() is None]
+        if alive:
+            say(f"stopping {', '.join(child.name for child in alive)} …")
         for child in reversed(alive):
             child.process.send_signal(signal.SIGTERM)
         for child in reversed(alive):
@@ -249,7 +252,7 @@ def _picture(status: RunStatus | None, people: Sequence[_Child], url: str, left:
     )
     speed = f"{status.samples_per_second:.1f} samples/s"
     line = f"round {status.round} · {status.samples} samples · {speed} · {trend} · {clock}"
-    return Panel(Group(table, "", bar, line, f"[dim]{url}[/dim]"), title=escape(status.name), expand=False)
+    return Panel(Group(table, "", Padding(bar, 0), line, f"[dim]{url}[/dim]"), title=escape(status.name), expand=False)
 
 
 def _wait_until_empty(url: str) -> None:

@@ -4,7 +4,7 @@ import threading
 import time
 from types import TracebackType
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
@@ -76,23 +76,26 @@ class VolunteerConsole:
 
     def _draw(self) -> RenderableType:
         session, progress = self._session, self._engine.progress()
+        done = min(session.swarm_samples, progress.target)
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", justify="right")
         facts.add_column()
         facts.add_row("round", str(session.round))
         facts.add_row("my samples", f"{session.counted + session.samples}  ({session.samples} in this round)")
         facts.add_row("my speed", f"{session.speed:.1f} samples/s on {session.device}")
-        facts.add_row("swarm", f"{session.peers} volunteers, {session.swarm_speed:.1f} samples/s")
+        facts.add_row(
+            "swarm", f"{session.peers} volunteer{'s' * (session.peers != 1)}, {session.swarm_speed:.1f} samples/s"
+        )
         facts.add_row("loss", "–" if session.loss is None else f"{session.loss:.3f}")
         if not session.coordinator_here:
             facts.add_row("", "the coordinator does not answer; training goes on without it")
         leaving = "leaving, once this is done: " if self._stop.is_set() else ""
         facts.add_row("next", leaving + session.next_event(progress))
-        bar = ProgressBar(total=progress.target, completed=min(session.swarm_samples, progress.target), width=50)
-        body = Group(
-            facts, bar, f"[dim]{session.swarm_samples} of {progress.target} samples · {self._url} · Ctrl-C leaves[/dim]"
-        )
-        return Panel(body, title=escape(f"{self._title} · {self._username}"), expand=False)
+        facts.add_row("this round", ProgressBar(total=progress.target, completed=done, width=40))
+        facts.add_row("", f"{session.swarm_samples} of {progress.target} samples")
+        facts.add_row("page", escape(self._url))
+        facts.add_row("", "Ctrl-C leaves")
+        return Panel(facts, title=escape(f"{self._title} · {self._username}"), expand=False)
 
 
 def download_progress(console: Console) -> Progress:
