@@ -85,7 +85,7 @@ def test_shobdo_entries_are_definitions_then_examples() -> None:
 
 def test_missing_shobdo_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'kantha\[demo\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install shobdo"):
         next(read_documents(ShobdoSource(kind="shobdo"), "bn"))
 
 

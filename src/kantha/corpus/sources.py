@@ -81,7 +81,7 @@ def _order(count: int, seed: int | None) -> Iterable[int]:
 def _shobdo_texts(seed: int | None) -> Iterator[str]:
     package = importlib.util.find_spec("shobdo")  # importing it would load the whole dictionary
     if package is None or package.origin is None:
-        raise MissingPackageError("the dictionary `shobdo` is not installed; run: pip install 'kantha[demo]'")
+        raise MissingPackageError("the dictionary `shobdo` is not installed; run: pip install shobdo")
     path = Path(package.origin).parent / "data" / "dictionary.db"
     try:
         connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
