@@ -402,6 +402,8 @@ class HivemindAverager:
         swarm_round = tracker.swarm_round
         if swarm_round is None and self.round != self.state_round:
             self._set_round(self.state_round)  # all are gone; whoever comes next starts from this replica
+        elif swarm_round is not None and self.state_round <= swarm_round < self.round:
+            self._set_round(swarm_round)  # only a peer that is gone had come farther; the others do that round again
         if swarm_round is not None and swarm_round > self.round:
             return self._catch_up(swarm_round)
         before, updates, averagings = self.round, self._optimizer.updates, gradients.outcome()[0]
