@@ -42,6 +42,7 @@ from kantha.swarm.reports import PRESENT
 
 _STATE_SECONDS = PRESENT + 40.0  # to fetch the swarm's state, before a peer gives up; peers that died are gone by then
 _STATE_RETRY = 2.0  # seconds between two attempts
+_NEVER = 2**62  # rounds
 _ROUND_LIMIT = 10**7  # a peer that claims a later round is not believed
 _LINGER = 0.25  # seconds that a streamed answer stays open after its last message
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # averaged together with the parameters
@@ -249,6 +250,7 @@ class _Optimizer(hivemind.Optimizer):
     def _update_global_epoch(self, grad_scaler: None) -> None:
         syncs, _, _ = self.state_averager.outcome()
         super()._update_global_epoch(grad_scaler)
+        self.average_state_every = 1
         self.updates += 1
         done, _, whole = self.state_averager.outcome()
         if done > syncs and not whole:
@@ -274,6 +276,9 @@ class _Optimizer(hivemind.Optimizer):
             _log.warning("round %d: averaging gradients failed: %r", self.local_epoch + 1, error)
             self._load_local_gradients_into_optimizer()
             self.peers, self.whole = 1, False
+            # Not now: two peers of which one looks for a group for gradients and the other for the reconciliation, each
+            # until the same timeout, could swap places for ever.
+            self.average_state_every = _NEVER
 
     def load_state_from_peers(self, **kwargs: Any) -> None:
         if self.scheduled_grads is not None and not self.scheduled_grads.done():
