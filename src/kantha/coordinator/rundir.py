@@ -26,11 +26,9 @@ from kantha.spec import RunSpec, dump_spec, load_spec
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.membership import RunKey
 from kantha.training import Replica
-from kantha.training.checkpoint import checkpoint_folder
+from kantha.training.checkpoint import SPEC_FILE, TOKENIZER_FILE, checkpoint_folder
 
 FORMAT = 1
-SPEC_FILE = "run.yaml"
-TOKENIZER_FILE = "tokenizer.json"
 _LOCK_SECONDS = 5.0  # the children of a coordinator that was killed hold the lock until they have died, too
 
 

@@ -400,8 +400,8 @@ class HivemindAverager:
         """The round that the swarm has finished, as far as this peer knows."""
         return int(self._optimizer.local_epoch)
 
-    def tick(self) -> bool:
-        """Take part in an averaging if one is due. Returns whether the replica now is the state of a newer round."""
+    def tick(self) -> None:
+        """Take part in an averaging if one is due; `state_round` and `witnessed` tell what came of it."""
         tracker, gradients = self._optimizer.tracker, self._optimizer.grad_averager
         self.witnessed = None
         swarm_round = tracker.swarm_round
@@ -410,12 +410,13 @@ class HivemindAverager:
         elif swarm_round is not None and self.state_round <= swarm_round < self.round:
             self._set_round(swarm_round)  # only a peer that is gone had come farther; the others do that round again
         if swarm_round is not None and swarm_round > self.round:
-            return self._catch_up(swarm_round)
+            self._catch_up(swarm_round)
+            return
         before, updates, averagings = self.round, self._optimizer.updates, gradients.outcome()[0]
         syncs, _, _ = self._optimizer.state_averager.outcome()
         self._optimizer.step()
         if self._optimizer.updates == updates:
-            return False
+            return
         done, _, whole = gradients.outcome()
         if done > averagings:
             self.witnessed = (self.round, whole)
@@ -423,18 +424,15 @@ class HivemindAverager:
         if done > syncs and whole:
             self.state_round = self.round
             self._share_state()
-            return True
-        self._set_round(before)  # hivemind counts the round all the same; if the swarm did, `_catch_up` will see it
-        return False
+        else:
+            self._set_round(before)  # hivemind counts the round all the same; if the swarm did, `_catch_up` will see it
 
-    def _catch_up(self, swarm_round: int) -> bool:
+    def _catch_up(self, swarm_round: int) -> None:
         """This peer missed a round: fetch the state from a trainer that can be dialled, else wait for the next one."""
         state = self._optimizer.state_averager
-        fetched = state.fetch(self._optimizer.load_state_timeout) and self.round > self.state_round
-        if fetched:
-            self.state_round = self.round
+        if state.fetch(self._optimizer.load_state_timeout):
+            self.state_round = max(self.state_round, self.round)
         self._set_round(max(self.round, swarm_round))
-        return fetched
 
     def _set_round(self, number: int) -> None:
         self._optimizer.set_round(number)
