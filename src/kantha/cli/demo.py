@@ -271,6 +271,7 @@ def _heldout_loss(run: RunDirectory, batches: Sequence[Batch]) -> float:
 def _figures(run: RunDirectory, before: float, after: float, model: Path, seconds: float) -> dict[str, Any]:
     ledger = Ledger(run.ledger)
     rounds, members, samples = ledger.rounds(), ledger.members(), ledger.samples_by_peer()
+    share = ledger.computing_share()
     ledger.close()
     by_name: Counter[str] = Counter()  # several volunteers may have one name
     for peer_id, name in members.items():
@@ -284,6 +285,7 @@ def _figures(run: RunDirectory, before: float, after: float, model: Path, second
         "heldout_loss_start": before,
         "heldout_loss_end": after,
         "failed_rounds": sum(round.failed for round in rounds),
+        "computing_share": share,
         "model_dir": str(model),
         "seconds": seconds,
     }
@@ -295,6 +297,9 @@ def _show_result(figures: dict[str, Any], run: RunDirectory, out: Path, say: Any
         f"{figures['rounds']} rounds, {figures['failed_rounds']} of them failed; {figures['samples']} samples: "
         + ", ".join(f"{name} {count}" for name, count in figures["samples_per_volunteer"].items())
     )
+    if figures["computing_share"] is not None:
+        lost = 1 - figures["computing_share"]
+        say(f"the volunteers computed {figures['computing_share']:.1%} of the time; {lost:.1%} went to communication")
     say(f"held-out loss: {before:.3f} → {after:.3f} ({(after - before) / before:+.1%})")
     say("what it fills in for [MASK] by now (word that stood there; its guesses):")
     for filled in fill_masks(Path(figures["model_dir"]), heldout_sentences(run.spec, _FILL_MASK_EXAMPLES)):

@@ -38,20 +38,22 @@ class Contribution(_Table):
     __tablename__ = "contributions"
     round: Mapped[int] = mapped_column(primary_key=True)
     peer_id: Mapped[str] = mapped_column(String(80), primary_key=True, index=True)
+    lineage: Mapped[str] = mapped_column(String(64))
     samples: Mapped[int]
     seconds: Mapped[float]
+    waited: Mapped[float]
     mlm_loss_sum: Mapped[float]
     sop_loss_sum: Mapped[float]
     peers: Mapped[int]
-    whole: Mapped[bool]
     seen: Mapped[float]
 
 
 class FailedRound(_Table):
-    """A round that the coordinator's own averager saw as not whole, whatever the peers say of it."""
+    """A round that no group could finish at first; it was tried again."""
 
     __tablename__ = "failed_rounds"
     round: Mapped[int] = mapped_column(primary_key=True)
+    reason: Mapped[str] = mapped_column(String(100))
 
 
 class Ledger:
@@ -122,19 +124,16 @@ class Ledger:
     def forget_rounds_after(self, number: int) -> None:
         """Drop the contributions to later rounds, which will be done again.
 
-        If the swarm is still alive, they were not lost: its peers report their last rounds again. So the coordinator's
-        own word on these rounds is kept until it says otherwise.
+        If the swarm is still alive, they were not lost: its peers report their last rounds again.
         """
         with self._session() as session:
             session.execute(delete(Contribution).where(Contribution.round > number))
         self._state = object()
 
-    def mark_failed(self, number: int, failed: bool = True) -> None:
-        """Enter what the coordinator itself saw of a round; False takes back what was said of one now done again."""
+    def mark_failed(self, number: int, reason: str) -> None:
+        """Enter that a round had to be tried again, and why; the first reason stays."""
         with self._session() as session:
-            said = insert(FailedRound).values(round=number).on_conflict_do_nothing()
-            taken_back = delete(FailedRound).where(FailedRound.round == number)
-            session.execute(said if failed else taken_back)
+            session.execute(insert(FailedRound).values(round=number, reason=reason).on_conflict_do_nothing())
         self._state = object()
 
     def rounds(self) -> list[RoundStatus]:
@@ -151,7 +150,6 @@ class Ledger:
                 func.sum(Contribution.sop_loss_sum) / samples,
                 func.count(),
                 func.min(Contribution.seen),
-                func.min(Contribution.whole),
                 Contribution.round.in_(select(FailedRound.round)),
             )
             .where(Contribution.samples > 0)
@@ -168,9 +166,9 @@ class Ledger:
                     sop_loss=sop,
                     volunteers=volunteers,
                     finished=finished,
-                    failed=marked or not whole,
+                    failed=marked,
                 )
-                for number, count, mlm, sop, volunteers, finished, whole, marked in session.execute(query)
+                for number, count, mlm, sop, volunteers, finished, marked in session.execute(query)
             ]
         self._rounds = state, rounds  # under the state from before the query: of a change since then it knows nothing
         return list(rounds)
@@ -179,6 +177,18 @@ class Ledger:
         query = select(Contribution.peer_id, func.sum(Contribution.samples)).group_by(Contribution.peer_id)
         with self._session() as session:
             return {peer: int(samples) for peer, samples in session.execute(query)}
+
+    def failures(self) -> dict[int, str]:
+        """Why a round had to be tried again, by round."""
+        with self._session() as session:
+            return dict(session.execute(select(FailedRound.round, FailedRound.reason)).all())
+
+    def computing_share(self) -> float | None:
+        """Share of the volunteers' time, since each began to train, that they computed; None before the first round."""
+        query = select(func.sum(Contribution.seconds), func.sum(Contribution.seconds + Contribution.waited))
+        with self._session() as session:
+            computing, present = session.execute(query).one()
+        return computing / present if present else None
 
     def close(self) -> None:
         self._engine.dispose()

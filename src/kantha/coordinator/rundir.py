@@ -28,7 +28,7 @@ from kantha.swarm.membership import RunKey
 from kantha.training import Replica
 from kantha.training.checkpoint import SPEC_FILE, TOKENIZER_FILE, checkpoint_folder
 
-FORMAT = 1
+FORMAT = 2  # 1 had no lineage, and other rounds
 _LOCK_SECONDS = 5.0  # the children of a coordinator that was killed hold the lock until they have died, too
 
 
@@ -98,6 +98,11 @@ class RunDirectory:
                     "update with `pip install --upgrade kantha`"
                 )
             file = _RunFile.model_validate(content)
+            if file.format < FORMAT:
+                raise RunDirectoryError(
+                    f"{path}: written by an older Kantha (format {file.format}, this one reads {FORMAT}); "
+                    "`kantha export` its model with that version, or `kantha create` a new run"
+                )
         except FileNotFoundError:
             raise RunDirectoryError(
                 f"{path}: no run here; `kantha init run.yaml` and `kantha create run.yaml {path}` make one"
@@ -156,12 +161,13 @@ class RunDirectory:
         found = digest_of(self.tokenizer)
         return found.model_copy(update={"sha256": self.spec.tokenizer.sha256 or found.sha256})
 
-    def save_checkpoint(self, replica: Replica, round_number: int) -> Path:
+    def save_checkpoint(self, replica: Replica, round_number: int, lineage: str = "") -> Path:
         """Raises `StorageError`; the checkpoints before are untouched then."""
         folder = checkpoint_folder(self.checkpoints, round_number)
         replica.save(
             folder,
             round_number,
+            lineage,
             {SPEC_FILE: dump_spec(self.spec).encode(), TOKENIZER_FILE: self.tokenizer.read_bytes()},
         )
         return folder

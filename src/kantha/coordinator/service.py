@@ -1,7 +1,7 @@
 """The coordinator at work: welcomes peers, collects their reports into the ledger, keeps checkpoints.
 
-Three threads share it: `swarm` takes part in the averaging, `collect` reads the reports, and the web server's threads
-ask for the status. Only `swarm` touches the replica.
+The engine takes part in the averaging without gradients of its own and keeps the replica up to date. Two threads go with
+it: `save` writes checkpoints, `collect` enters reports into the ledger; the web server's threads ask for the status.
 """
 
 import ipaddress
@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from hivemind.utils import get_dht_time
-
 from kantha import __version__
 from kantha.api import RemoteFile, RunDescription, Snapshot
 from kantha.coordinator.ledger import Ledger
@@ -20,10 +18,10 @@ from kantha.coordinator.rundir import TOKENIZER_FILE, RunDirectory
 from kantha.coordinator.status import RunStatus, VolunteerStatus
 from kantha.digests import digest_of
 from kantha.errors import DigestError, MembershipError, PortTakenError, RunDirectoryError, StorageError, SwarmError
-from kantha.swarm.hivemind_engine import HivemindAverager
 from kantha.swarm.membership import Certificate, MembershipRequest
 from kantha.swarm.node import Node
-from kantha.swarm.reports import Report, Roster
+from kantha.swarm.reports import Report
+from kantha.swarm.rounds_engine import RoundsEngine
 from kantha.training import Replica
 from kantha.training.checkpoint import (
     MANIFEST,
@@ -34,6 +32,8 @@ from kantha.training.checkpoint import (
 )
 
 _COLLECT_SECONDS = 1.5
+_SAVE_SECONDS = 0.2  # between two looks whether a checkpoint is due
+_JOIN_SECONDS = 10.0  # for a thread to end
 _ROUNDS_AHEAD = 1_000  # rounds that volunteers may have finished while the coordinator was cut off
 _STORAGE_RETRY = 30.0  # seconds until a full disk is tried again
 _STATUS_SECONDS = 1.0  # a status is made anew at most this often
@@ -56,7 +56,6 @@ class Coordinator:
         self._say = say
         self._key = run.key()
         self._ledger = Ledger(run.ledger)
-        self._roster = Roster()
         self._here: dict[str, str] = {}  # who was here when we last looked, for what is said
         self._status: tuple[float, RunStatus] | None = None
         self._lock = threading.Lock()
@@ -75,16 +74,25 @@ class Coordinator:
             raise PortTakenError(
                 f"the swarm cannot use TCP port {p2p_port} of {host} ({error}); try --p2p-port"
             ) from None
-        self._averager = HivemindAverager(
-            self._node, run.spec.swarm, self._replica.optimizer, self._replica.schedule, self._replica.round
+        self._engine = RoundsEngine(
+            self._node,
+            run.spec.swarm,
+            self._replica.parameters,
+            self._replica.optimizer,
+            self._replica.schedule,
+            self._replica.round,
+            lineage=self._replica.lineage,
+            role="averager",
+            folder=run.path / "swarm",
         )
+        self._engine.complete = _describe_itself
         self._addresses = self._node.addresses()
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] = lambda: None
         # daemons: a second Ctrl-C must end the program even while one of them waits for an averaging
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=work.__name__, daemon=True)
-            for work in (self._take_part, self._collect)
+            for work in (self._save, self._collect)
         ]
 
     def start(self) -> None:
@@ -94,12 +102,12 @@ class Coordinator:
     def stop(self) -> None:
         """End the threads, save what is newer than the newest checkpoint, leave the swarm."""
         self._stop.set()
-        deadline = time.monotonic() + 3 * self.run.spec.swarm.averaging_timeout
         for thread in self._threads:
-            thread.join(timeout=max(0.0, deadline - time.monotonic()))
-        if not self._threads[0].is_alive():  # it may hang on a process that is gone; then the replica is not ours
-            self._save_if_newer()
-        self._averager.close()
+            thread.join(timeout=_JOIN_SECONDS)
+        self._engine.leave()
+        self._save_if_newer()
+        self._engine.say_goodbye()
+        self._engine.close()
         self._node.close()
         self._ledger.close()
 
@@ -124,21 +132,24 @@ class Coordinator:
                 return self._replica.round
         raise RunDirectoryError(f"{self.run.checkpoints}: no whole checkpoint; restore one from a copy")
 
-    def _take_part(self) -> None:
-        averager, checkpoint_rounds = self._averager, self.run.spec.swarm.checkpoint_rounds
-        while not self._stop.wait(0.05):
-            averager.tick()
-            if averager.witnessed is not None:
-                number, whole = averager.witnessed
-                self._enter(partial(self._ledger.mark_failed, number, not whole))
-            newer = averager.state_round - self._checkpoint_round
+    def _save(self) -> None:
+        checkpoint_rounds = self.run.spec.swarm.checkpoint_rounds
+        while not self._stop.wait(_SAVE_SECONDS):
+            self._engine.raise_if_failed()
+            newer = self._engine.round - self._checkpoint_round
             # when the last volunteer has left, what it did must not be lost
-            if newer >= checkpoint_rounds or (newer > 0 and not self._roster.present("trainer")):
+            if newer >= checkpoint_rounds or (newer > 0 and not self._engine.roster.present("trainer")):
                 self._save_if_newer()
 
     def _save_if_newer(self) -> None:
-        number = self._averager.state_round
-        if number <= self._checkpoint_round or time.monotonic() < self._no_save_before:
+        if time.monotonic() < self._no_save_before:
+            return
+        with self._engine.hold():
+            self._save_replica()
+
+    def _save_replica(self) -> None:
+        number = self._engine.round
+        if number <= self._checkpoint_round or not self._engine.is_ready:
             return
         if not self._replica.is_finite():
             self._no_save_before = time.monotonic() + _STORAGE_RETRY
@@ -148,7 +159,7 @@ class Coordinator:
             )
             return
         try:
-            self.run.save_checkpoint(self._replica, number)
+            self.run.save_checkpoint(self._replica, number, self._engine.lineage)
             self._checkpoint_round = number
             drop_old_checkpoints(self.run.checkpoints)
             self._say(f"round {number}: checkpoint saved")
@@ -169,48 +180,46 @@ class Coordinator:
 
     def _collect(self) -> None:
         pending: set[str] = set()  # peers whose newest report is not in the ledger yet
+        known: dict[str, float] = {}  # when each peer's newest report was made
         while not self._stop.wait(_COLLECT_SECONDS):
-            if not (self._averager.is_alive() and self._node.is_alive()):
-                raise SwarmError("a swarm process of the coordinator ended unexpectedly; start `kantha serve` again")
             try:
                 reports = self._node.reports()
-                self._publish_state()
                 members = self._ledger.members()
             except (SwarmError, StorageError) as error:
                 _log.warning("%s", error)
                 continue
-            pending |= set(self._roster.update({peer: found for peer, found in reports.items() if peer in members}))
-            present = self._roster.present("trainer")
+            reports = {peer: report for peer, report in reports.items() if peer in members}
+            new = {peer for peer, report in reports.items() if known.get(peer) != report.time}
+            known.update({peer: reports[peer].time for peer in new})
+            pending |= new
+            present = {peer: seen for peer, seen in self._present().items() if peer in reports}
             if present and not self._here:
                 # a swarm that starts anew from a checkpoint does the rounds after it again
                 newest = max(report.round for report, _ in present.values())
                 self._enter(partial(self._ledger.forget_rounds_after, newest))
             for peer_id in sorted(pending & reports.keys()):
-                rounds = [entry for entry in reports[peer_id].rounds if entry.round <= self._newest_round()]
-                if not self._enter(partial(self._ledger.add_rounds, peer_id, rounds)):
+                if not self._enter(partial(self._add_report, peer_id, reports[peer_id])):
                     break
                 pending.discard(peer_id)
             self._say_who_is_here({peer: members[peer] for peer in present})
 
-    def _newest_round(self) -> int:
-        """No peer can have finished a later one; whoever says so is not believed."""
-        return self._averager.round + _ROUNDS_AHEAD
+    def _present(self) -> dict[str, tuple[Report, float]]:
+        members = self._ledger.members()
+        return {peer: seen for peer, seen in self._engine.roster.present("trainer").items() if peer in members}
 
-    def _publish_state(self) -> None:
-        """Tell the swarm that an averager is here, and the newest round whose state it holds."""
-        self._node.publish(
-            Report(
-                time=get_dht_time(),
-                role="averager",
-                state="averaging",
-                round=self._averager.state_round,
-                samples=0,
-                samples_per_second=0.0,
-                device="coordinator",
-                version=__version__,
-                rounds=[],
-            )
-        )
+    def _add_report(self, peer_id: str, report: Report) -> None:
+        """Enter a peer's last rounds. Whoever claims a later one than anybody can have finished is not believed, and a
+        round counts with the result that this replica has of it: another one may come of a network that fell apart."""
+        newest, lineages = self._engine.round + _ROUNDS_AHEAD, self._engine.lineages
+        rounds = [
+            entry
+            for entry in report.rounds
+            if entry.round <= newest and entry.lineage in ("", lineages.get(entry.round, entry.lineage))
+        ]
+        self._ledger.add_rounds(peer_id, rounds)
+        for failed in report.failed:
+            if failed.round <= newest:
+                self._ledger.mark_failed(failed.round, failed.reason)
 
     def _say_who_is_here(self, now: dict[str, str]) -> None:
         for peer_id, name in now.items():
@@ -269,8 +278,8 @@ class Coordinator:
 
     def _make_status(self) -> RunStatus:
         spec, rounds = self.run.spec, self._ledger.rounds()
-        names, totals, present = self._ledger.members(), self._ledger.samples_by_peer(), self._roster.present("trainer")
-        number = self._averager.round
+        names, totals, present = self._ledger.members(), self._ledger.samples_by_peer(), self._present()
+        number = self._engine.round
         in_round = sum(report.samples for report, _ in present.values() if report.round >= number)
         speed = sum(report.samples_per_second for report, _ in present.values())
         remaining = max(0, spec.swarm.target_batch_size - in_round)
@@ -286,6 +295,7 @@ class Coordinator:
             samples_per_second=speed,
             seconds_to_next_round=remaining / speed if speed > 0 else None,
             failed_rounds=sum(round.failed for round in rounds),
+            computing_share=self._ledger.computing_share(),
             checkpoint_round=self._checkpoint_round,
             volunteers=sorted(
                 (
@@ -296,6 +306,10 @@ class Coordinator:
             ),
             rounds=rounds,
         )
+
+
+def _describe_itself(report: Report) -> Report:
+    return report.copy(update={"state": "averaging", "device": "coordinator"})
 
 
 def _volunteer(peer_id: str, name: str, samples: int, report: Report, silent: float) -> VolunteerStatus:

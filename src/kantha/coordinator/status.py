@@ -30,7 +30,7 @@ class RoundStatus(BaseModel):
     sop_loss: float = Field(description="Loss of guessing the sentence order, nats per pair.")
     volunteers: int
     finished: float = Field(description="When the first report of it arrived, seconds since 1970.")
-    failed: bool = Field(description="True where a part of the averaging was missing.")
+    failed: bool = Field(description="True where no group could finish it at first, and it was tried again.")
 
 
 class RunStatus(BaseModel):
@@ -45,6 +45,9 @@ class RunStatus(BaseModel):
     samples_per_second: float = Field(description="What the present volunteers compute together.")
     seconds_to_next_round: float | None
     failed_rounds: int
+    computing_share: float | None = Field(
+        description="Share of the volunteers' time that they computed; the rest was lost to communication."
+    )
     checkpoint_round: int = Field(description="Round of the newest checkpoint.")
     volunteers: list[VolunteerStatus] = Field(description="Who is here now, by name.")
     rounds: list[RoundStatus] = Field(

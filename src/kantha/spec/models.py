@@ -149,9 +149,9 @@ class SwarmSpec(_Part):
     """How the peers work together."""
 
     target_batch_size: int = Field(4_096, ge=1, description="Examples, from all volunteers, that make one round.")
-    matchmaking_seconds: float = Field(15.0, gt=0, description="How long peers look for each other to average.")
+    matchmaking_seconds: float = Field(10.0, gt=0, description="How long a group waits for a peer that does not come.")
     averaging_timeout: float = Field(120.0, gt=0, description="Seconds after which an averaging is given up.")
-    compression: Literal["none", "fp16", "8bit"] = Field("fp16", description="Encoding of tensors on the wire.")
+    compression: Literal["none", "fp16", "8bit"] = Field("8bit", description="Encoding of gradients on the wire.")
     checkpoint_rounds: int = Field(20, ge=1, description="The coordinator saves a checkpoint every this many rounds.")
 
 

@@ -32,7 +32,7 @@ PRESETS: dict[str, RunSpec] = {
         ),
         optimizer=OptimizerSpec(learning_rate=5e-2, beta2=0.98),
         schedule=ScheduleSpec(warmup_rounds=3, total_rounds=2_000),
-        swarm=SwarmSpec(target_batch_size=256, matchmaking_seconds=2.0, averaging_timeout=30.0, checkpoint_rounds=5),
+        swarm=SwarmSpec(target_batch_size=256, matchmaking_seconds=5.0, averaging_timeout=30.0, checkpoint_rounds=5),
         services={"local": ServiceSpec(max_instances=16)},
     ),
     "albert-base": RunSpec(

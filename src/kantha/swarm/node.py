@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 from hivemind.dht import DHT, DHTNode
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.schema import SchemaValidator
@@ -97,6 +98,8 @@ class Node:
             raise SwarmError(f"the libp2p daemon did not start: {error}; try again in a minute") from None
         except (OSError, RuntimeError) as error:
             raise SwarmError(_UNREACHABLE.format(where=", ".join(bootstrap), reason=error)) from None
+        # the DHT's process does not notice when the daemon that it started is gone
+        self._daemon = next(child for child in psutil.Process(self.dht.pid).children() if child.name() == "p2pd")
 
     @property
     def peer_id(self) -> str:
@@ -141,7 +144,8 @@ class Node:
             self._call(self.dht.run_coroutine(partial(_greet, peers=self._bootstrap), return_future=True))
 
     def is_alive(self) -> bool:
-        return bool(self.dht.is_alive())
+        """Whether the DHT's process and the libp2p daemon run."""
+        return bool(self.dht.is_alive()) and self._daemon.is_running() and self._daemon.status() != psutil.STATUS_ZOMBIE
 
     def close(self) -> None:
         self.dht.shutdown()

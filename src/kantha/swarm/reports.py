@@ -19,9 +19,12 @@ LEFT = "left"  # the state of a peer that said goodbye
 
 if TYPE_CHECKING:  # pydantic 1 makes its constrained types at run time, where no type checker sees them
     from builtins import float as _Amount
+    from builtins import float as _Weight
     from builtins import int as _Count
     from builtins import int as _Peers
     from builtins import str as _Device
+    from builtins import str as _Lineage
+    from builtins import str as _Reason
     from builtins import str as _Role
     from builtins import str as _State
     from builtins import str as _Version
@@ -31,6 +34,9 @@ else:
     _Amount = confloat(strict=True, ge=0, lt=1e12)
     _Role = constr(strict=True, regex="^(trainer|averager)$")
     _State = constr(strict=True, max_length=40)
+    _Weight = confloat(strict=True, gt=-1e12, lt=1e12)
+    _Lineage = constr(strict=True, max_length=64)
+    _Reason = constr(strict=True, max_length=100)
     _Device = constr(strict=True, max_length=60)
     _Version = constr(strict=True, max_length=20)
 
@@ -39,12 +45,20 @@ class RoundReport(BaseModel):
     """What one peer did in one round."""
 
     round: _Count
+    lineage: _Lineage  # after it
     samples: _Count
     seconds: _Amount  # spent computing
+    waited: _Amount  # seconds between computing, lost to whatever else
     mlm_loss_sum: _Amount  # loss × samples, nats
     sop_loss_sum: _Amount
-    peers: _Peers  # group it averaged with, itself included
-    whole: StrictBool  # every part of the averaging arrived
+    peers: _Peers  # that put samples into it
+
+
+class FailedRound(BaseModel):
+    """A round that no group could finish, and was tried again later."""
+
+    round: _Count
+    reason: _Reason
 
 
 class Report(BaseModel):
@@ -53,12 +67,17 @@ class Report(BaseModel):
     time: _Amount  # swarm time, seconds since 1970
     role: _Role
     state: _State
+    dialable: StrictBool  # accepts connections
+    ready: StrictBool  # holds the whole state of `round`
     round: _Count  # rounds finished by this peer
-    samples: _Count  # towards the running round
+    lineage: _Lineage  # digest of all results that led there
+    sketch: List[_Weight] = Field(max_items=64)  # noqa: UP006  of its weights; near for near replicas
+    samples: _Count  # that wait for the next averaging
     samples_per_second: _Amount
     device: _Device
     version: _Version
     rounds: List[RoundReport] = Field(max_items=ROUNDS_KEPT)  # noqa: UP006
+    failed: List[FailedRound] = Field(max_items=8)  # noqa: UP006
 
 
 class ReportSchema(BaseModel):

@@ -43,6 +43,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: int
     round: int = Field(ge=0)
+    lineage: str = Field("", description="Digest of all results that led to this round; replicas of one run share it.")
     fingerprint: str
     files: dict[str, FileDigest]
 
@@ -66,6 +67,7 @@ class Replica:
         self.optimizer = build_optimizer(parameter_groups(self.model, spec), spec)
         self.schedule = build_schedule(self.optimizer, spec)
         self.round = 0
+        self.lineage = ""
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -82,7 +84,9 @@ class Replica:
             for moment in _MOMENTS
         }
 
-    def save(self, folder: Path, round_number: int, extra_files: Mapping[str, bytes] | None = None) -> None:
+    def save(
+        self, folder: Path, round_number: int, lineage: str = "", extra_files: Mapping[str, bytes] | None = None
+    ) -> None:
         """Write a checkpoint to `folder`, which appears only when it is whole. Raises `StorageError`."""
         partial, replaced = (folder.with_name(f".{what}-{folder.name}") for what in ("partial", "replaced"))
         try:
@@ -95,6 +99,7 @@ class Replica:
             manifest = Manifest(
                 format=FORMAT,
                 round=round_number,
+                lineage=lineage,
                 fingerprint=self.spec.fingerprint,
                 files={file.name: digest_of(file) for file in sorted(partial.iterdir())},
             )
@@ -130,7 +135,7 @@ class Replica:
             _copy_into(self._optimizer_tensors(), folder / OPTIMIZER_FILE)
         for group in self.optimizer.param_groups:
             group["step"] = manifest.round
-        self.round = manifest.round
+        self.round, self.lineage = manifest.round, manifest.lineage
 
 
 def read_manifest(folder: Path) -> Manifest:

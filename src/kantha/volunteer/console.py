@@ -8,11 +8,12 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from kantha.swarm.engine import Engine
+from kantha.swarm.reports import FailedRound
+from kantha.swarm.rounds_engine import RoundsEngine
 from kantha.volunteer.session import Session
 
 _PLAIN_SECONDS = 30.0  # between two plain lines while no round ends
@@ -27,7 +28,7 @@ class VolunteerConsole:
         url: str,
         username: str,
         session: Session,
-        engine: Engine,
+        engine: RoundsEngine,
         console: Console,
         stop: threading.Event,
     ) -> None:
@@ -39,6 +40,7 @@ class VolunteerConsole:
         self._console = console
         self._stop = stop
         self._said = time.monotonic()
+        self._failed: list[FailedRound] = []  # that were told
         self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> "VolunteerConsole":
@@ -55,44 +57,42 @@ class VolunteerConsole:
     def tick(self, round_ended: bool) -> None:
         """Called after every batch; prints a line where there is no live panel and there is something to say."""
         session = self._session
-        if (
-            round_ended
-            and (result := session.last_round) is not None
-            and (not self._console.is_terminal or not result.whole)
-        ):
-            with_whom = "alone" if result.peers == 1 else f"group of {result.peers}"
+        for failed in [failed for failed in list(self._engine.failures) if failed not in self._failed]:
+            self._failed.append(failed)
+            self._print(f"round {failed.round} failed ({failed.reason}); it is tried again, and nothing is lost")
+        if round_ended and (result := session.last_round) is not None and not self._console.is_terminal:
+            with_whom = "alone" if result.peers == 1 else f"{result.peers} peers"
             loss = f", loss {session.loss:.3f}" if session.loss is not None else ""
-            failed = "" if result.whole else "; parts of it did not arrive, it counts as failed"
+            share = f", computing {session.computing_share:.0%} of the time" if session.computing_share else ""
             self._print(
-                f"round {result.round}: {result.samples} samples of mine{loss}, {with_whom}{failed} "
-                f"({session.counted} samples so far, swarm {session.swarm_speed:.1f} samples/s)"
+                f"round {result.round}: {result.samples} samples of mine{loss}, {with_whom} "
+                f"({session.counted} samples so far, swarm {self._engine.progress()[1]:.1f} samples/s{share})"
             )
         elif not self._console.is_terminal and time.monotonic() - self._said > _PLAIN_SECONDS:
-            self._print(f"{session.state}: {session.next_event(self._engine.progress())}")
+            self._print(f"{session.state}: {session.next_event()}")
 
     def _print(self, line: str) -> None:
         self._said = time.monotonic()
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _draw(self) -> RenderableType:
-        session, progress = self._session, self._engine.progress()
-        done = min(session.swarm_samples, progress.target)
+        session, (samples, speed), target = self._session, self._engine.progress(), self._engine.target
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", justify="right")
         facts.add_column()
         facts.add_row("round", str(session.round))
-        facts.add_row("my samples", f"{session.counted + session.samples}  ({session.samples} in this round)")
+        facts.add_row("my samples", f"{session.counted + session.samples}  ({session.samples} not in a round yet)")
         facts.add_row("my speed", f"{session.speed:.1f} samples/s on {session.device}")
-        facts.add_row(
-            "swarm", f"{session.peers} volunteer{'s' * (session.peers != 1)}, {session.swarm_speed:.1f} samples/s"
-        )
+        facts.add_row("swarm", f"{session.peers} volunteer{'s' * (session.peers != 1)}, {speed:.1f} samples/s")
+        share = session.computing_share
+        facts.add_row("computing", "–" if share is None else f"{share:.0%} of the time")
         facts.add_row("loss", "–" if session.loss is None else f"{session.loss:.3f}")
         if not session.coordinator_here:
             facts.add_row("", "the coordinator does not answer; training goes on without it")
         leaving = "leaving, once this is done: " if self._stop.is_set() else ""
-        facts.add_row("next", leaving + session.next_event(progress))
-        facts.add_row("this round", ProgressBar(total=progress.target, completed=done, width=40))
-        facts.add_row("", f"{session.swarm_samples} of {progress.target} samples")
+        facts.add_row("next", leaving + session.next_event())
+        facts.add_row("this round", ProgressBar(total=target, completed=min(samples, target), width=40))
+        facts.add_row("", f"{samples:.0f} of {target} samples")
         facts.add_row("page", escape(self._url))
         facts.add_row("", "Ctrl-C leaves")
         return Panel(facts, title=escape(f"{self._title} · {self._username}"), expand=False)
@@ -104,6 +104,18 @@ def download_progress(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def state_progress(console: Console) -> Progress:
+    """A bar for the pieces of the swarm's state; draws nothing where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,

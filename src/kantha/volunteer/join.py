@@ -1,17 +1,18 @@
 """The main job, on one page: join a run by its link, train, report, leave.
 
-describe → membership → snapshot → swarm → ( batch → gradients → hand over )* → goodbye
+describe → membership → swarm → snapshot → ( batch → gradients → hand over )* → hand in, goodbye
 """
 
-import logging
 import os
 import platform
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,22 +23,20 @@ from kantha.api import RunDescription
 from kantha.corpus import Batch, ExampleStream, load_tokenizer
 from kantha.errors import CorpusError, PlatformError, SwarmError
 from kantha.spec import FileSource, RunSpec
-from kantha.swarm.engine import Engine
-from kantha.swarm.hivemind_engine import HivemindEngine
 from kantha.swarm.node import Node, log_to_file
-from kantha.swarm.reports import RENEWAL, Roster
+from kantha.swarm.rounds_engine import ProcessEndedError, RoundsEngine
 from kantha.training import Replica, Trainer, choose_device, describe_device
 from kantha.volunteer.client import CoordinatorClient, request_membership
-from kantha.volunteer.console import VolunteerConsole, download_progress
+from kantha.volunteer.console import VolunteerConsole, download_progress, state_progress
 from kantha.volunteer.folders import PeerFolder
 from kantha.volunteer.session import Session
 
+_RESTARTS, _MOST_RESTARTS = "KANTHA_RESTARTS", 3  # the environment variable that counts them
 _CPU_BATCH, _GPU_BATCH = 8, 32  # examples computed at once
 _HAND_OVER_SECONDS = 1.0
 _LARGE = 5_000_000  # bytes from which on a download is worth a line where no bar is drawn
-_GOODBYES = 3  # attempts to say goodbye
+_NO_PEER_SECONDS = 60.0  # without a piece of the state from any peer, until the checkpoint is downloaded instead
 _DROPPED_IN_A_ROW = 50  # gradients that are not finite before a volunteer gives up; fp16 drops some at the start
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,24 +50,39 @@ class JoinOptions:
 
 
 def join(url: str, options: JoinOptions, console: Console) -> None:
-    """Take part in the run at `url` until told to stop (SIGINT, SIGTERM). Raises `KanthaError`s."""
+    """Take part in the run at `url` until told to stop (SIGINT, SIGTERM). Raises `KanthaError`s.
+
+    Where a child process that this program needs is gone (p2pd crashed, or the kernel killed it), it starts again.
+    """
+    try:
+        _join(url, options, console)
+    except ProcessEndedError as error:
+        restarts = int(os.environ.get(_RESTARTS, "0"))
+        if restarts == _MOST_RESTARTS:
+            raise
+        _say(console, f"{error}; starting again …")
+        os.environ[_RESTARTS] = str(restarts + 1)
+        # a fresh program: processes cannot be forked safely from this one any more, it has threads and a GPU
+        os.execv(sys.executable, [sys.executable, "-m", "kantha", *sys.argv[1:]])
+
+
+def _join(url: str, options: JoinOptions, console: Console) -> None:
     check_platform()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with _StopSignals(console) as signals:
-        with CoordinatorClient(url) as client:
-            description, spec = client.describe()
-            _say(console, f"{spec.name}: {spec.goal}")
-            folder = PeerFolder(description.fingerprint, options.username)
-            log_to_file(folder.log)
-            identity = folder.identity
-            request_membership(client, description, identity, options.username, "local")
-            _say(console, f"let in as {options.username}; loading the state of round {description.snapshot.round}")
-            replica = fetch_replica(client, description, spec, folder, console)
-        tokenizer = load_tokenizer(folder.path / "snapshot" / "tokenizer.json", spec.tokenizer.sha256)
+    with _StopSignals(console) as signals, CoordinatorClient(url) as client:
+        description, spec = client.describe()
+        _say(console, f"{spec.name}: {spec.goal}")
+        folder = PeerFolder(description.fingerprint, options.username)
+        log_to_file(folder.log)
+        identity = folder.identity
+        request_membership(client, description, identity, options.username, "local")
+        tokenizer = load_tokenizer(fetch_tokenizer(client, description, folder), spec.tokenizer.sha256)
         is_here = urlsplit(client.url).hostname in ("127.0.0.1", "localhost", "::1")
         if not is_here and any(isinstance(source, FileSource) for source in spec.data.sources):
             raise CorpusError(f"{url}: the run's text is in files of the coordinator's machine; only that one can join")
+        _say(console, f"let in as {options.username}; looking for the others …")
+        replica = Replica(spec)
         with (
             closing(
                 Node(
@@ -80,29 +94,41 @@ def join(url: str, options: JoinOptions, console: Console) -> None:
                 )
             ) as node,
             closing(
-                HivemindEngine(node, spec.swarm, replica.parameters, replica.optimizer, replica.schedule, replica.round)
+                RoundsEngine(
+                    node,
+                    spec.swarm,
+                    replica.parameters,
+                    replica.optimizer,
+                    replica.schedule,
+                    round_number=None,
+                    folder=folder.path / "swarm",
+                )
             ) as engine,
         ):
             signals.install()
+            device = choose_device()
+            session = Session(describe_device(device), engine)
+            engine.complete = session.complete
+            load_state(client, description, spec, folder, replica, engine, console)
             # peers of one run differ in their keys, so the key seeds a walk through the data that is this peer's own
             stream = ExampleStream(spec, tokenizer, peer_seed=int.from_bytes(identity.peer_id.encode()[-6:]))
-            device = choose_device()
             trainer = Trainer(spec, device)
             batch = options.micro_batch or (_GPU_BATCH if device.type == "cuda" else _CPU_BATCH)
-            session = Session(describe_device(device), engine.round)
-            with (
-                VolunteerConsole(
-                    spec.name, client.url, options.username, session, engine, console, signals.stop
-                ) as screen,
-                _Reporter(node, engine, session, signals.fail) as reporter,
-            ):
+            with VolunteerConsole(
+                spec.name, client.url, options.username, session, engine, console, signals.stop
+            ) as screen:
                 signals.stop_ends_loop = True
-                train(stream, batch, trainer, engine, replica, session, screen, reporter, signals.stop)
-            _say(console, "leaving the swarm …")
+                train(stream, batch, trainer, engine, replica, session, screen, signals.stop)
+            _say(console, "leaving: what is computed is handed in …")
+            for result in engine.leave():
+                session.ended(result)
+            engine.say_goodbye()
+        share = session.computing_share
         _say(
             console,
             f"left after {(time.monotonic() - session.started) / 60:.1f} minutes: {session.counted} of your samples "
-            f"count. Thank you! `kantha join {url}` comes back any time.",
+            f"count{f', computing {share:.0%} of the time' if share else ''}. Thank you! "
+            f"`kantha join {url}` comes back any time.",
         )
 
 
@@ -114,20 +140,23 @@ def train(
     stream: ExampleStream,
     batch_size: int,
     trainer: Trainer,
-    engine: Engine,
+    engine: RoundsEngine,
     replica: Replica,
     session: Session,
     screen: VolunteerConsole,
-    reporter: "_Reporter",
     stop: threading.Event,
 ) -> None:
-    """The loop that ties training to swarm, until `stop` is set."""
-    dropped = 0
-    trainer.load(replica.parameters)
+    """The loop that ties training to swarm, until `stop` is set. It computes all the time: the engine never waits."""
+    dropped, version = 0, None
+    ended = time.monotonic()
     while not stop.is_set():
-        reporter.raise_if_failed()
+        with engine.hold() as newest:
+            if newest != version:
+                trainer.load(replica.parameters)
+                version = newest
         began = time.monotonic()
         gradients = trainer.compute(_batches(stream, batch_size))
+        waited, ended = began - ended, time.monotonic()
         if gradients is None:
             dropped += 1
             if dropped == _DROPPED_IN_A_ROW:
@@ -136,10 +165,10 @@ def train(
                 )
             continue
         dropped = 0
-        session.computed(gradients, time.monotonic() - began)
+        session.computed(gradients, ended - began, waited)
         result = engine.contribute(gradients.tensors, gradients.samples)
-        session.handed_over(result, engine.round)
-        trainer.load(replica.parameters)
+        if result is not None:
+            session.ended(result)
         screen.tick(round_ended=result is not None)
 
 
@@ -150,6 +179,40 @@ def _batches(stream: ExampleStream, size: int) -> Iterator[Batch]:
         yield stream.next_batch(size)
         if time.monotonic() > deadline:
             return
+
+
+def fetch_tokenizer(client: CoordinatorClient, description: RunDescription, folder: PeerFolder) -> Path:
+    """The run's tokenizer, downloaded unless it is here."""
+    target = folder.path / "snapshot" / "tokenizer.json"
+    if not (target.exists() and description.tokenizer.matches(target)):
+        client.download(description.tokenizer, target, lambda done: None)
+    return target
+
+
+def load_state(
+    client: CoordinatorClient,
+    description: RunDescription,
+    spec: RunSpec,
+    folder: PeerFolder,
+    replica: Replica,
+    engine: RoundsEngine,
+    console: Console,
+) -> None:
+    """Until there are weights to compute with: from the swarm's peers, or, where they give none, over HTTP."""
+    known, since = None, time.monotonic()
+    with state_progress(console) as progress:
+        bar = progress.add_task("the model's state", total=None)
+        while not engine.wait_weights(0.2):
+            if engine.loading != known:
+                known, since = engine.loading, time.monotonic()
+            if known is not None:
+                progress.update(bar, completed=known[1], total=known[2])
+            if time.monotonic() - since > _NO_PEER_SECONDS:
+                break
+    if not engine.wait_weights(0.0):
+        _say(console, "no peer gives the swarm's state; downloading the coordinator's last checkpoint")
+        loaded = fetch_replica(client, description, spec, folder, console)
+        engine.take_over(loaded.parameters, loaded.optimizer, loaded.round, loaded.lineage)
 
 
 def fetch_replica(
@@ -181,69 +244,6 @@ def check_platform() -> None:
         )
 
 
-class _Reporter:
-    """Reports in the background, and watches the swarm; a context manager around the training loop."""
-
-    def __init__(self, node: Node, engine: Engine, session: Session, fail: Callable[[Exception], None]) -> None:
-        self._node = node
-        self._fail = fail
-        self._engine = engine
-        self._session = session
-        self._roster = Roster()
-        self._stop = threading.Event()
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
-
-    def __enter__(self) -> "_Reporter":
-        self._exchange()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Say goodbye: the last rounds reach the coordinator even if it looks a little later."""
-        self._stop.set()
-        self._thread.join()
-        self._session.leave()
-        for _attempt in range(_GOODBYES if self._error is None else 0):
-            try:
-                self._node.publish(self._session.report())
-                return
-            except SwarmError as error:
-                _log.warning("the goodbye reached nobody: %s", error)
-
-    def raise_if_failed(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            while not self._stop.wait(RENEWAL):
-                if not (self._node.is_alive() and self._engine.is_alive()):
-                    raise SwarmError("a swarm process of this machine ended unexpectedly; join again")
-                self._exchange()
-        except Exception as error:  # noqa: BLE001  raised again by the training loop, in the main thread
-            _log.exception("the reporter stopped")
-            self._error = error
-            self._fail(error)
-
-    def _exchange(self) -> None:
-        """Tell the swarm of this peer, and look who else is there."""
-        session = self._session
-        try:
-            self._node.publish(session.report())
-            self._roster.update(self._node.reports())
-            if not self._roster.present("averager"):
-                self._node.rejoin()
-        except SwarmError as error:
-            _log.warning("%s", error)  # the console says that the coordinator does not answer
-        trainers, averagers = self._roster.present("trainer"), self._roster.present("averager")
-        self._engine.see_averagers(len(averagers), max((report.round for report, _ in averagers.values()), default=0))
-        session.peers = len(trainers)
-        session.coordinator_here = bool(averagers)
-        session.swarm_speed = sum(report.samples_per_second for report, _ in trainers.values())
-        session.swarm_samples = sum(report.samples for report, _ in trainers.values() if report.round == session.round)
-
-
 class _StopSignals:
     """SIGINT and SIGTERM end the training loop after what is under way; before it they end the program, twice at once.
 
@@ -253,7 +253,6 @@ class _StopSignals:
     def __init__(self, console: Console) -> None:
         self.stop = threading.Event()
         self.stop_ends_loop = False
-        self._error: Exception | None = None
         self._console = console
         self._before: dict[signal.Signals, Any] = {}
 
@@ -270,15 +269,7 @@ class _StopSignals:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def fail(self, error: Exception) -> None:
-        """From another thread: raise `error` in the main thread, which may be waiting for a process that is gone."""
-        self._error = error
-        os.kill(os.getpid(), signal.SIGTERM)
-
     def _ask(self, _signum: int, _frame: object) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
         if self.stop.is_set():  # asked before: hivemind may wait for an averaging; the kernel ends our children with us
             if self._console.is_terminal:
                 self._console.show_cursor(True)

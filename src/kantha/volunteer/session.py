@@ -1,113 +1,128 @@
-"""What a volunteer knows of itself and of the swarm, shared by the training loop, its reporter and its console."""
+"""What a volunteer knows of itself and of the swarm, shared by the training loop, the engine's report and the console."""
 
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 
-from hivemind.utils import get_dht_time
-
-from kantha import __version__
-from kantha.swarm.engine import Progress, RoundResult
 from kantha.swarm.reports import LEFT, ROUNDS_KEPT, Report, RoundReport
+from kantha.swarm.rounds import Phase
+from kantha.swarm.rounds_engine import RoundResult, RoundsEngine
 from kantha.training import Gradients
 
-_SPEED_WINDOW = 60.0  # seconds over which this machine's speed is measured
-_WAITING = 0.5  # a hand-over of gradients that takes longer than this is an averaging
+_STATES = {
+    Phase.LOADING: "loading",
+    Phase.COMPUTING: "training",
+    Phase.AVERAGING: "training",  # it goes on while the last round is averaged
+    Phase.CATCHING_UP: "catching up",
+    Phase.LEFT: LEFT,
+}
+
+
+@dataclass
+class _Work:
+    """What gradients that were handed over stand for."""
+
+    samples: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    mlm_loss_sum: float = 0.0
+    sop_loss_sum: float = 0.0
+
+    def add(self, other: "_Work") -> None:
+        self.samples += other.samples
+        self.seconds += other.seconds
+        self.waited += other.waited
+        self.mlm_loss_sum += other.mlm_loss_sum
+        self.sop_loss_sum += other.sop_loss_sum
 
 
 class Session:
     """Safe to use from several threads."""
 
-    def __init__(self, device: str, round_number: int) -> None:
+    def __init__(self, device: str, engine: RoundsEngine) -> None:
         self.device = device
         self.started = time.monotonic()
-        self.swarm_speed = 0.0  # samples per second of all peers
-        self.swarm_samples = 0  # towards the running round
-        self.peers = 0
-        self.coordinator_here = False
         self.last_round: RoundResult | None = None
+        self.counted = 0  # samples in finished rounds
+        self._engine = engine
         self._lock = threading.Lock()
         self._rounds: deque[RoundReport] = deque(maxlen=ROUNDS_KEPT)
-        self._history: deque[tuple[float, int]] = deque()
-        self._handing_over: float | None = None
-        self._left = False
-        self.counted = 0  # samples in finished rounds
-        self._start_round(round_number)
-
-    def _start_round(self, number: int) -> None:
-        self._round = number
-        self._samples = 0
-        self._seconds = 0.0
-        self._mlm_loss_sum = 0.0
-        self._sop_loss_sum = 0.0
+        self._work: deque[_Work] = deque()  # handed over, and in no round yet; oldest first
+        self._total = _Work()
 
     # ---- told by the training loop
 
-    def computed(self, gradients: Gradients, seconds: float) -> None:
-        now = time.monotonic()
-        with self._lock:
-            self._samples += gradients.samples
-            self._seconds += seconds
-            self._mlm_loss_sum += gradients.mlm_loss * gradients.samples
-            self._sop_loss_sum += gradients.sop_loss * gradients.samples
-            self._history.append((now, gradients.samples))
-            while now - self._history[0][0] > _SPEED_WINDOW:
-                self._history.popleft()
-            self._handing_over = now
+    def computed(self, gradients: Gradients, seconds: float, waited: float) -> None:
+        """Gradients that are about to be handed over.
 
-    def handed_over(self, result: RoundResult | None, round_number: int) -> None:
-        """The gradients are with the engine: still in the same round, or in the next, or where the swarm is by now."""
+        :param seconds: spent computing them
+        :param waited: since the last were done
+        """
+        work = _Work(
+            gradients.samples,
+            seconds,
+            waited,
+            gradients.mlm_loss * gradients.samples,
+            gradients.sop_loss * gradients.samples,
+        )
         with self._lock:
-            self._handing_over = None
-            if result is not None:
-                self._rounds.append(
-                    RoundReport(
-                        round=result.round,
-                        samples=self._samples,
-                        seconds=self._seconds,
-                        mlm_loss_sum=self._mlm_loss_sum,
-                        sop_loss_sum=self._sop_loss_sum,
-                        peers=max(1, result.peers),
-                        whole=result.whole,
-                    )
+            self._work.append(work)
+            self._total.add(work)
+
+    def ended(self, result: RoundResult) -> None:
+        """A round ended. Work counts in the order in which it was done."""
+        with self._lock:
+            self._take(result.lost)
+            work = self._take(result.samples)
+            self._rounds.append(
+                RoundReport(
+                    round=result.round,
+                    lineage=result.lineage,
+                    samples=work.samples,
+                    seconds=work.seconds,
+                    waited=work.waited,
+                    mlm_loss_sum=work.mlm_loss_sum,
+                    sop_loss_sum=work.sop_loss_sum,
+                    peers=max(1, result.peers),
                 )
-                self.counted += self._samples
-                self.last_round = result
-            if round_number != self._round:
-                self._start_round(round_number)
+            )
+            self.counted += work.samples
+            self.last_round = result
 
-    def leave(self) -> None:
-        with self._lock:
-            self._left = True
+    def _take(self, samples: int) -> _Work:
+        taken = _Work()
+        while self._work and taken.samples + self._work[0].samples <= samples:
+            taken.add(self._work.popleft())
+        return taken
 
-    # ---- asked by the reporter and the console
+    # ---- asked by the engine's report and the console
 
     @property
     def round(self) -> int:
-        return self._round
+        return self._engine.round
 
     @property
     def samples(self) -> int:
-        """This machine's, towards the running round."""
-        return self._samples
+        """This machine's that are in no finished round yet."""
+        with self._lock:
+            return sum(work.samples for work in self._work)
 
     @property
     def state(self) -> str:
-        if self._left:
-            return LEFT
-        handing_over = self._handing_over
-        if handing_over is not None and time.monotonic() - handing_over > _WAITING:
-            return "averaging"
-        return "training"
+        return _STATES[self._engine.phase]
 
     @property
     def speed(self) -> float:
-        """Samples per second, averaging included."""
+        """Samples per second."""
+        return self._engine.samples_per_second
+
+    @property
+    def computing_share(self) -> float | None:
+        """Share of the time since training began that was spent computing; None before the first gradients."""
         with self._lock:
-            if len(self._history) < 2:
-                return 0.0
-            elapsed = time.monotonic() - self._history[0][0]
-            return sum(samples for _, samples in list(self._history)[1:]) / max(elapsed, 1e-3)
+            seconds, waited = self._total.seconds, self._total.waited
+        return seconds / (seconds + waited) if seconds > 0 else None
 
     @property
     def loss(self) -> float | None:
@@ -116,27 +131,33 @@ class Session:
             last = next((r for r in reversed(self._rounds) if r.samples), None)
             return (last.mlm_loss_sum + last.sop_loss_sum) / last.samples if last else None
 
-    def report(self) -> Report:
-        state, speed = self.state, self.speed
-        with self._lock:
-            return Report(
-                time=get_dht_time(),
-                role="trainer",
-                state=state,
-                round=self._round,
-                samples=self._samples,
-                samples_per_second=speed,
-                device=self.device,
-                version=__version__,
-                rounds=list(self._rounds),
-            )
+    @property
+    def peers(self) -> int:
+        """Volunteers that are here, this one included."""
+        return max(1, len(self._engine.roster.present("trainer")))
 
-    def next_event(self, progress: Progress) -> str:
+    @property
+    def coordinator_here(self) -> bool:
+        return bool(self._engine.roster.present("averager"))
+
+    def complete(self, report: Report) -> Report:
+        """A report with what only the session knows."""
+        with self._lock:
+            rounds = list(self._rounds)
+        state = LEFT if report.state == LEFT else self.state
+        return report.copy(update={"state": state, "device": self.device, "rounds": rounds})
+
+    def next_event(self) -> str:
         """What will happen next, in a sentence."""
-        if self.state == "averaging":
-            return f"averaging round {self._round + 1} with the others"
-        if progress.seconds_left is None:
+        engine = self._engine
+        if engine.phase is Phase.AVERAGING:
+            return f"averaging round {engine.round + 1} with the others; computing goes on"
+        if engine.phase is Phase.CATCHING_UP:
+            return "fetching what the others did meanwhile; nothing is lost"
+        samples, rate = engine.progress()
+        if rate <= 0:
             return "waiting for the swarm's first samples"
-        if progress.seconds_left < 1:
-            return f"round {self._round + 1} is about to end"
-        return f"round {self._round + 1} ends in about {progress.seconds_left:.0f} s"
+        seconds = (engine.target - samples) / rate
+        if seconds < 1:
+            return f"round {engine.round + 1} is about to end"
+        return f"round {engine.round + 1} ends in about {seconds:.0f} s"
