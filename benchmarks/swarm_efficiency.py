@@ -23,7 +23,8 @@ Definitions:
   member arrived, and there was at least one other member. (Nobody is alone here: a round by oneself is one that the
   others do not have.)
 * share of ideal: the peers' own samples in finished rounds, over 8/s x every peer's time on the clock. The window is
-  from the first peer's start to the last finished round, so that the one cut off by the end counts neither way.
+  from the first peer's start until the newest sample of the last finished round was handed over: what is computed while
+  that round is averaged belongs to the next one, which is cut off by the end and counts neither way.
 * join seconds: from a late joiner's start until the first sample that went into a finished round was handed over. A
   joiner without one counts as if that had been at the end of the run (or when it was killed).
 * MB per peer and round: bytes sent and received at the peers' interfaces until the last finished round (the counters
@@ -248,7 +249,7 @@ def kantha_peer(
                 if result is None:
                     continue
                 # in order: what was dropped as too old, what is in the round, what waits for the next one
-                for _ in range(len(handed_over) - engine.samples_waiting - result.samples):
+                for _ in range(result.lost):
                     handed_over.popleft()
                 taken = [handed_over.popleft() for _ in range(min(result.samples, len(handed_over)))]
                 events.write(
@@ -259,6 +260,7 @@ def kantha_peer(
                     whole=True,  # a group's result that is not never counts, see kantha.swarm.groups
                     peers=result.peers,
                     since=taken[0] if taken else None,
+                    until=taken[-1] if taken else None,
                     computed=accelerator.samples,
                 )
         finally:
@@ -286,7 +288,7 @@ def hivemind_peer(
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.outcome = multiprocessing.Array("q", 2)  # of the last all-reduce: peers, whether it was whole
             self.since: float | None = None  # when the first of the accumulated samples was handed over
-            self.given: tuple[int, float | None] = (0, None)
+            self.given: tuple[int, float | None, float] = (0, None, 0.0)
             super().__init__(*args, **kwargs)
 
         def accumulate_grads_(self, batch_size: int) -> None:
@@ -295,7 +297,7 @@ def hivemind_peer(
             super().accumulate_grads_(batch_size)
 
         def step(self, *args: Any, **kwargs: Any) -> Any:
-            self.given = (self.local_samples_accumulated, self.since)
+            self.given = (self.local_samples_accumulated, self.since, time.monotonic())
             return super().step(*args, **kwargs)
 
         async def _run_allreduce_inplace_(self, tensors: Any, group_info: Any, *args: Any, **kwargs: Any) -> None:
@@ -318,12 +320,13 @@ def hivemind_peer(
         def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
             began = bool(super()._begin_averaging_gradients(grad_scaler))
             if began:
-                samples, since = self.grad_averager.given
+                samples, since, until = self.grad_averager.given
                 self.attempts[id(self.scheduled_grads)] = {
                     "round": self.local_epoch + 1,
                     "lineage": "",
                     "samples": samples,
                     "since": since,
+                    "until": until,
                     "computed": accelerator.samples,
                 }
             else:
@@ -497,6 +500,7 @@ class Finished:
     lineage: str  # kantha: replicas that finished a round alike have this in common; hivemind knows no such thing
     samples: int
     since: float | None  # when the first of the samples was handed over
+    until: float  # the same of its newest
 
 
 class Peer:
@@ -576,7 +580,7 @@ class Peer:
             case "round" if event["whole"] and not event["samples"]:
                 return f"round {event['round']} reached, with no sample of its own"
             case "round" if event["whole"] and event["peers"] > 1:
-                values = (event[name] for name in ("time", "round", "lineage", "samples", "since"))
+                values = (event[name] for name in ("time", "round", "lineage", "samples", "since", "until"))
                 self.finished.append(Finished(*values))
                 if sum(done.samples for done in self.finished) > event["computed"]:
                     raise SystemExit(f"{self.name}: more samples counted than computed; these figures would be wrong")
@@ -761,7 +765,7 @@ class Run:
         if len(best) < len(lineages):
             self._say("replicas parted; of each round only what most peers have counts")
             rounds = [done for done in rounds if done.lineage == best[done.round]]
-        last = max((done.time for done in rounds), default=end)
+        last = max((done.until for done in rounds), default=end)
         clock = sum(
             max(0.0, min(last, peer.stopped or last) - peer.started) for peer in self._peers if peer.started is not None
         )

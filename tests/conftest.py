@@ -6,8 +6,8 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is imported: no test asks it for anything
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI
+from peers import Start, starting
 from tokenizers import Tokenizer
 
 from kantha.coordinator.app import build_app
@@ -118,6 +119,20 @@ def other_identity(tmp_path_factory: pytest.TempPathFactory) -> PeerIdentity:
     return PeerIdentity(tmp_path_factory.mktemp("identity") / "peer.key")
 
 
+class FakeEngine:
+    """What a coordinator asks of its engine: a replica in a swarm that the test makes up."""
+
+    def __init__(self) -> None:
+        self.round = 0
+        self.lineage = ""
+        self.lineages: dict[int, str] = {}
+        self.is_ready = True
+        self.roster = Roster()
+
+    def hold(self) -> AbstractContextManager[int]:
+        return nullcontext(0)
+
+
 class _WebCoordinator(Coordinator):
     """All of a coordinator that its web service asks, and one run after the other; it has an address, but no swarm."""
 
@@ -130,10 +145,11 @@ class _WebCoordinator(Coordinator):
         self.run = run
         self._key = run.key()
         self._ledger = Ledger(run.ledger)
-        self._roster = Roster()
         self._status = None
         self._checkpoint_round = 0
-        self._averager = SimpleNamespace(round=0)  # what the swarm would know
+        self._here = {}
+        self._stop = threading.Event()
+        self._engine = FakeEngine()
 
 
 @pytest.fixture(scope="session")
@@ -176,3 +192,9 @@ def free_port() -> int:
     """A port on which nobody answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts peers without a model, each a process of its own."""
+    yield from starting(tmp_path)

@@ -19,6 +19,7 @@ keeps the two in step.
     ├── MembershipError         24  the coordinator did not let this volunteer in
     ├── SwarmError              25  the peer-to-peer swarm could not be joined, or was lost
     ├── PlatformError           26  this machine cannot take part
+    ├── ProcessEndedError       27  a process that this program started ended again and again
     └── DemoError               30  the demo ran, but a part of it failed
 """
 
@@ -95,6 +96,10 @@ class SwarmError(KanthaError):
 
 class PlatformError(KanthaError):
     exit_code = 26
+
+
+class ProcessEndedError(KanthaError):
+    exit_code = 27
 
 
 class DemoError(KanthaError):

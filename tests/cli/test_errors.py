@@ -1,6 +1,7 @@
 """Every error is one line on stderr and an exit code that docs/exit-codes.md explains."""
 
 import getpass
+import json
 import os
 import re
 import signal
@@ -101,6 +102,14 @@ def test_serving_a_run_of_a_newer_kantha(kantha: Kantha, run_path: Path) -> None
     code, _, error = kantha("serve", run_path)
     assert code == 12
     assert_one_line(error, "pip install --upgrade kantha")
+
+
+def test_serving_a_run_of_an_older_kantha(kantha: Kantha, run_path: Path) -> None:
+    file = run_path / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
+    code, _, error = kantha("serve", run_path)
+    assert code == 11
+    assert_one_line(error, "older Kantha", "kantha create")
 
 
 @pytest.mark.parametrize("option", ["--port", "--p2p-port"])
@@ -234,12 +243,14 @@ def test_a_demo_counts_volunteers_of_one_name_together(tmp_path: Path, monkeypat
         rounds=list,
         members=lambda: {"a": "Asha", "b": "Asha", "c": "Mitu"},
         samples_by_peer=lambda: {"a": 3, "b": 4},
+        computing_share=lambda: 0.99,
         close=lambda: None,
     )
     monkeypatch.setattr(command_line_demo, "Ledger", lambda _: ledger)
     figures = command_line_demo._figures(SimpleNamespace(ledger=None), 1.0, 1.0, tmp_path, 1.0)  # type: ignore[arg-type]
     assert figures["samples_per_volunteer"] == {"Asha": 7, "Mitu": 0}
     assert figures["volunteers"] == 3
+    assert figures["computing_share"] == 0.99
 
 
 def test_a_new_spec_can_be_used_and_is_not_overwritten(kantha: Kantha, tmp_path: Path) -> None:

@@ -30,16 +30,19 @@ def membership(peer_id: str, username: str, expires: int = 100) -> Membership:
     )
 
 
-def report(number: int, samples: int, mlm: float = 5.0, sop: float = 0.5, whole: bool = True) -> RoundReport:
+def report(
+    number: int, samples: int, mlm: float = 5.0, sop: float = 0.5, seconds: float = 1.0, waited: float = 0.0
+) -> RoundReport:
     """What a peer with these mean losses says."""
     return RoundReport(
         round=number,
+        lineage=f"after {number}",
         samples=samples,
-        seconds=1.0,
+        seconds=seconds,
+        waited=waited,
         mlm_loss_sum=mlm * samples,
         sop_loss_sum=sop * samples,
         peers=2,
-        whole=whole,
     )
 
 
@@ -58,13 +61,13 @@ def test_a_round_is_entered_once_for_each_peer(ledger: Ledger) -> None:
 
 
 def test_a_round_that_was_done_again_replaces_the_one_before(ledger: Ledger) -> None:
-    ledger.add_rounds("a", [report(1, 10), report(2, 20, whole=False)])
+    ledger.add_rounds("a", [report(1, 10), report(2, 20)])
     ledger.add_rounds("b", [report(2, 5)])
     before = ledger.rounds()
     ledger.add_rounds("a", [report(1, 10), report(2, 30, mlm=4.0)])
     first, second = ledger.rounds()
     assert first == before[0]  # repeated, not done again: it finished when it did
-    assert (second.samples, second.failed) == (35, False)
+    assert second.samples == 35
     assert second.mlm_loss == pytest.approx((30 * 4.0 + 5 * 5.0) / 35)
 
 
@@ -78,25 +81,52 @@ def test_what_a_living_swarm_repeats_is_not_lost_by_forgetting(ledger: Ledger) -
     assert [(entry.round, entry.samples) for entry in ledger.rounds()] == [(n, 10) for n in range(1, 6)]
 
 
-def test_a_round_failed_if_the_coordinator_says_so(ledger: Ledger) -> None:
-    ledger.mark_failed(2)
-    ledger.mark_failed(2)
-    ledger.mark_failed(3)
+def test_a_round_that_had_to_be_tried_again_failed_for_the_first_reason_told(ledger: Ledger) -> None:
     ledger.add_rounds("a", [report(1, 10), report(2, 10)])
-    ledger.forget_rounds_after(1)  # a restart beside a living swarm: the round is reported again, as good
-    ledger.add_rounds("a", [report(2, 10)])
-    assert [(entry.round, entry.failed) for entry in ledger.rounds()] == [(1, False), (2, True)]
-    ledger.mark_failed(2, False)  # done again
+    ledger.add_rounds("b", [report(2, 5)])
     assert [entry.failed for entry in ledger.rounds()] == [False, False]
+    ledger.mark_failed(2, "a peer stalled (Qm1234)")
+    ledger.mark_failed(2, "parts are missing")  # in another peer's words
+    ledger.mark_failed(3, "")  # not done yet
+    assert [(entry.round, entry.samples, entry.failed, entry.reason) for entry in ledger.rounds()] == [
+        (1, 10, False, None),
+        (2, 15, True, "a peer stalled (Qm1234)"),
+    ]
+    assert ledger.failures() == {2: "a peer stalled (Qm1234)", 3: ""}
+    ledger.add_rounds("a", [report(3, 10)])
+    assert ledger.rounds()[2].failed
+
+
+def test_a_failed_round_stays_one_after_a_restart_of_the_coordinator(ledger: Ledger) -> None:
+    ledger.add_rounds("a", [report(1, 10), report(2, 10)])
+    ledger.mark_failed(2, "parts are missing")
+    ledger.forget_rounds_after(1)
+    ledger.add_rounds("a", [report(2, 10)])
+    assert [entry.failed for entry in ledger.rounds()] == [False, True]
+
+
+def test_the_computing_share_is_that_of_all_volunteers_time(ledger: Ledger) -> None:
+    assert ledger.computing_share() is None
+    ledger.add_rounds("a", [report(1, 10, seconds=9.0, waited=1.0), report(2, 10, seconds=10.0, waited=0.0)])
+    assert ledger.computing_share() == pytest.approx(0.95)
+    ledger.add_rounds("b", [report(2, 0, seconds=0.0, waited=0.0), report(3, 5, seconds=11.0, waited=29.0)])
+    assert ledger.computing_share() == pytest.approx(30 / 60)
+
+
+def test_the_computing_share_of_no_time_is_unknown(ledger: Ledger) -> None:
+    ledger.add_rounds("a", [report(1, 0, seconds=0.0)])
+    assert ledger.computing_share() is None
 
 
 def test_what_does_not_change_is_not_added_up_again(ledger: Ledger) -> None:
     queries: list[str] = []
     event.listen(ledger._engine, "before_cursor_execute", lambda _c, _k, statement, *_: queries.append(statement))
     ledger.add_rounds("a", [report(1, 10)])
+    ledger.mark_failed(1, "parts are missing")
     ledger.rounds()
     queries.clear()
     ledger.add_rounds("a", [report(1, 10)])
+    ledger.mark_failed(1, "parts are missing")
     assert len(ledger.rounds()) == 1
     assert not any("SELECT" in query for query in queries)
     ledger.add_rounds("a", [report(1, 20)])
@@ -140,12 +170,6 @@ def test_the_loss_of_a_round_is_the_mean_over_its_samples(ledger: Ledger) -> Non
     assert entry.loss == pytest.approx(5.3)
 
 
-def test_a_round_failed_if_a_part_of_it_is_missing_for_anyone(ledger: Ledger) -> None:
-    for peer in "abc":
-        ledger.add_rounds(peer, [report(1, 10), report(2, 10, whole=peer != "b"), report(3, 10, whole=False)])
-    assert [entry.failed for entry in ledger.rounds()] == [False, True, True]
-
-
 def test_a_peer_without_samples_in_a_round_changes_nothing(ledger: Ledger) -> None:
     ledger.add_rounds("a", [report(1, 10, mlm=4.0)])
     ledger.add_rounds("b", [report(1, 0), report(2, 0)])
@@ -166,6 +190,7 @@ def test_an_empty_ledger_has_nothing(ledger: Ledger) -> None:
     assert ledger.rounds() == []
     assert ledger.members() == {}
     assert ledger.samples_by_peer() == {}
+    assert ledger.failures() == {}
 
 
 def test_a_member_who_comes_back_is_the_same_member(ledger: Ledger) -> None:

@@ -8,6 +8,8 @@ from fastapi.testclient import TestClient
 from kantha.coordinator.pages import CHART_EARLIER_ROUNDS, CHART_LAST_ROUNDS, SHOWN_ROUNDS, page_router
 from kantha.coordinator.status import ROUNDS_TOLD, RoundStatus, RunStatus, VolunteerStatus
 
+FAILED: dict[str, object] = {"failed": True, "reason": "a peer stalled"}
+
 
 def make_volunteer(name: str, **changes: object) -> VolunteerStatus:
     volunteer = VolunteerStatus(
@@ -53,9 +55,10 @@ def make_status(**changes: object) -> RunStatus:
         samples_per_second=21.5,
         seconds_to_next_round=8.9,
         failed_rounds=1,
+        computing_share=0.9934,
         checkpoint_round=10,
         volunteers=[make_volunteer(name) for name in ["Asha", "Mitu", "রফিক"]],
-        rounds=[make_round(number, failed=number == 7) for number in range(1, 13)],
+        rounds=[make_round(number, **(FAILED if number == 7 else {})) for number in range(1, 13)],
     )
     return status.model_copy(update=changes)
 
@@ -92,6 +95,7 @@ def test_the_figures_are_in_the_page_without_javascript() -> None:
         "Samples per second": "21.5",
         "Volunteers now": "3",
         "Next round in": "9 s",
+        "Time computing": "99.3 %",
         "Failed rounds": "1",
         "Newest checkpoint": "round 10",
     }
@@ -113,7 +117,15 @@ def test_last_rounds_are_sentences_newest_first() -> None:
     sentences = [text for text in texts if re.match(r"Round \d+( failed.*)?: \d+ volunteer", text)]
     assert len(sentences) == SHOWN_ROUNDS
     assert sentences[0] == "Round 12: 3 volunteers, 272 samples, loss 7.49"
-    assert sentences[5].startswith("Round 7 failed, a part of the averaging was missing: 3 volunteers, 267 samples")
+    assert sentences[5] == (
+        "Round 7 failed at first (a peer stalled) and was tried again: 3 volunteers, 267 samples, loss 7.99"
+    )
+
+
+def test_a_round_may_fail_without_a_reason() -> None:
+    status = make_status(rounds=[make_round(1, failed=True, reason="")])
+    seen = Texts(client_of(status).get("/").text).texts
+    assert "Round 1 failed at first and was tried again: 3 volunteers, 261 samples, loss 8.59" in seen
 
 
 def test_one_is_singular() -> None:
@@ -126,10 +138,15 @@ def test_one_is_singular() -> None:
 def test_hostile_text_stays_text() -> None:
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     status = make_status(
-        name=hostile, goal=hostile, address=hostile, volunteers=[make_volunteer(hostile, state=hostile, device=hostile)]
+        name=hostile,
+        goal=hostile,
+        address=hostile,
+        volunteers=[make_volunteer(hostile, state=hostile, device=hostile)],
+        rounds=[make_round(1, failed=True, reason=hostile)],
     )
     seen = Texts(client_of(status).get("/").text)
     assert seen.texts.count(hostile) == 5  # name, goal, and the volunteer's name, state and device
+    assert any(text.startswith(f"Round 1 failed at first ({hostile})") for text in seen.texts)
     assert "img" not in [tag for tag, _ in seen.tags]
     own_scripts = [attributes for tag, attributes in seen.tags if tag == "script"]
     assert all("src" in attributes or attributes["type"] == "application/json" for attributes in own_scripts)
@@ -223,14 +240,26 @@ def test_a_loss_that_is_not_a_number_is_said_and_not_drawn() -> None:
 
 def test_before_the_first_round() -> None:
     status = make_status(
-        round=0, samples=0, failed_rounds=0, checkpoint_round=0, seconds_to_next_round=None, rounds=[], volunteers=[]
+        round=0,
+        samples=0,
+        failed_rounds=0,
+        computing_share=None,
+        checkpoint_round=0,
+        seconds_to_next_round=None,
+        rounds=[],
+        volunteers=[],
     )
     client = client_of(status)
     seen = Texts(client.get("/").text)
     text = " ".join(seen.texts)
     assert "The first round is on its way: 64 of 256 samples ." in text
     assert "Nobody is helping right now. Be the first: kantha join http://127.0.0.1:8080" in text
-    for label, value in {"Loss now": "–", "Next round in": "–", "Newest checkpoint": "none yet"}.items():
+    for label, value in {
+        "Loss now": "–",
+        "Next round in": "–",
+        "Time computing": "–",
+        "Newest checkpoint": "none yet",
+    }.items():
         assert seen.texts[seen.texts.index(label) + 1] == value
     hidden = {attributes.get("id") for _, attributes in seen.tags if "hidden" in attributes}
     assert "helping" in hidden

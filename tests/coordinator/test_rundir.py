@@ -171,11 +171,20 @@ def test_where_no_run_is_the_commands_that_make_one_are_told(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("changes", [{}, {"invented": "later"}])
 def test_a_run_of_a_newer_kantha_is_refused_before_anything_else(run_path: Path, changes: dict[str, object]) -> None:
-    change_run_file(run_path, format=2, **changes)
+    change_run_file(run_path, format=rundir.FORMAT + 1, **changes)
     (run_path / "run.yaml").unlink()
     with pytest.raises(NewerRunError, match="pip install --upgrade") as caught:
         RunDirectory.open(run_path)
     assert caught.value.exit_code == 12
+
+
+def test_a_run_of_an_older_kantha_is_refused_with_what_is_left_to_do(run_path: Path) -> None:
+    change_run_file(run_path, format=1)
+    with pytest.raises(RunDirectoryError, match=r"older Kantha.*kantha export") as caught:
+        RunDirectory.open(run_path)
+    assert str(caught.value).startswith(f"{run_path}: ")
+    assert caught.value.exit_code == 11
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'{"format": 1}', b"\xff\xfe", b'{"format": "x"}'])

@@ -1,5 +1,7 @@
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ import httpx
 import pytest
 
 from kantha.coordinator import serve as module
-from kantha.errors import KanthaError, PortTakenError, StorageError, SwarmError, UnreachableError
+from kantha.errors import KanthaError, PortTakenError, ProcessEndedError, StorageError, SwarmError, UnreachableError
 
 
 class FakeCoordinator:
@@ -35,8 +37,8 @@ class FakeCoordinator:
     def status(self) -> None:
         raise AssertionError
 
-    def fail(self) -> None:
-        self.failure = SwarmError("a swarm process ended")
+    def fail(self, error: KanthaError | None = None) -> None:
+        self.failure = error or SwarmError("the swarm is lost")
         self.on_failure()
 
 
@@ -66,9 +68,31 @@ def test_a_thread_that_fails_ends_the_program_with_its_error(
         threading.Timer(seconds, one.fail).start() if seconds else one.fail()
 
     monkeypatch.setattr(coordinator, "started", started, raising=False)
-    with pytest.raises(SwarmError, match="a swarm process ended"):
+    with pytest.raises(SwarmError, match="the swarm is lost"):
         serve(run_path)
     assert coordinator.stopped
+
+
+def test_where_a_swarm_process_ended_it_starts_itself_again_and_gives_up_at_last(
+    coordinator: type[FakeCoordinator], run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started(Exception):
+        """Another program was started in place of this one."""
+
+    def start(program: str, arguments: list[str]) -> None:
+        assert coordinator.stopped
+        raise Started(program, arguments)
+
+    monkeypatch.setattr(coordinator, "started", lambda one: one.fail(ProcessEndedError("p2pd ended")), raising=False)
+    monkeypatch.setattr(os, "execv", start)
+    monkeypatch.setattr(sys, "argv", ["kantha", "serve", str(run_path)])
+    monkeypatch.setenv("KANTHA_RESTARTS", "2")
+    with pytest.raises(Started) as started:
+        serve(run_path)
+    program, arguments = started.value.args
+    assert arguments == [program, "-m", "kantha", "serve", str(run_path)]
+    with pytest.raises(ProcessEndedError, match="p2pd ended"):
+        serve(run_path)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -1,30 +1,189 @@
-"""What the coordinator saves."""
+"""What the coordinator saves, and what it enters into the ledger."""
 
-from types import SimpleNamespace
+import threading
 from typing import Any
 
+import pytest
 import torch
 
-from kantha.coordinator.service import Coordinator
+from kantha.coordinator import service
+from kantha.errors import StorageError
+from kantha.swarm.membership import Membership
+from kantha.swarm.reports import Report, RoundReport
 from kantha.training import Replica
 from kantha.training.checkpoint import list_checkpoints, read_manifest
 
 
-def test_a_diverged_model_does_not_replace_a_good_checkpoint(web_coordinator: Any) -> None:
-    coordinator: Coordinator = web_coordinator
-    said: list[str] = []
-    web_coordinator._say = said.append
+@pytest.fixture
+def coordinator(web_coordinator: Any) -> Any:
+    """A coordinator without a swarm; what it says goes to `coordinator.said`."""
+    web_coordinator.said = []
+    web_coordinator._say = web_coordinator.said.append
     web_coordinator._no_save_before = 0.0
-    web_coordinator._averager = SimpleNamespace(round=5, state_round=5)
-    web_coordinator._replica = Replica(coordinator.run.spec)
+    web_coordinator._replica = Replica(web_coordinator.run.spec)
+    return web_coordinator
+
+
+def test_a_diverged_model_does_not_replace_a_good_checkpoint(coordinator: Any) -> None:
+    coordinator._engine.round, coordinator._engine.lineage = 5, "after 5"
     with torch.no_grad():
-        web_coordinator._replica.parameters[0][0] = float("nan")
+        coordinator._replica.parameters[0][0] = float("nan")
     before = list_checkpoints(coordinator.run.checkpoints)
     coordinator._save_if_newer()
     assert list_checkpoints(coordinator.run.checkpoints) == before
-    assert "not finite" in said[0]
+    assert "not finite" in coordinator.said[0]
 
-    web_coordinator._replica = Replica(coordinator.run.spec)
-    web_coordinator._no_save_before = 0.0
+    coordinator._replica = Replica(coordinator.run.spec)
+    coordinator._no_save_before = 0.0
     coordinator._save_if_newer()
-    assert read_manifest(list_checkpoints(coordinator.run.checkpoints)[0]).round == 5
+    manifest = read_manifest(list_checkpoints(coordinator.run.checkpoints)[0])
+    assert (manifest.round, manifest.lineage) == (5, "after 5")
+
+
+def test_half_a_state_is_not_saved(coordinator: Any) -> None:
+    """While the coordinator loads the swarm's state, weights and moments are of different rounds."""
+    coordinator._engine.round, coordinator._engine.is_ready = 5, False
+    coordinator._save_if_newer()
+    assert read_manifest(list_checkpoints(coordinator.run.checkpoints)[0]).round == 0
+
+
+# ---- reports
+
+
+def done(number: int, lineage: str = "", **changes: Any) -> RoundReport:
+    values = {"seconds": 9.0, "waited": 1.0, "mlm_loss_sum": 50.0, "sop_loss_sum": 5.0, "peers": 2}
+    return RoundReport(**{"round": number, "lineage": lineage or f"after {number}", "samples": 10, **values, **changes})
+
+
+def report(*rounds: RoundReport, **changes: Any) -> Report:
+    values = {
+        "time": 1.0,
+        "role": "trainer",
+        "state": "training",
+        "dialable": True,
+        "ready": True,
+        "round": max((entry.round for entry in rounds), default=0),
+        "lineage": "",
+        "sketch": [],
+        "samples": 4,
+        "samples_per_second": 2.0,
+        "device": "CPU",
+        "version": "1",
+        "rounds": list(rounds),
+        "failed": [],
+    }
+    return Report(**{**values, **changes})
+
+
+def collect(coordinator: Any, monkeypatch: pytest.MonkeyPatch, *seen: dict[str, Report]) -> None:
+    """Let the coordinator read what the swarm's peers report, one look after the other; all of them are members."""
+    for peer in {peer for reports in seen for peer in reports}:
+        coordinator._ledger.add_member(
+            Membership(
+                run=coordinator.run.spec.fingerprint,
+                username=peer.title(),
+                peer_id=peer,
+                service="local",
+                roles=("trainer",),
+                issued=0,
+                expires=100,
+            )
+        )
+    looks = iter(seen)
+
+    class Node:
+        def reports(self) -> dict[str, Report]:
+            reports = next(looks, None)
+            if reports is None:
+                coordinator._stop.set()
+                return coordinator._last
+            coordinator._last = reports
+            coordinator._engine.roster.update(reports)
+            return reports
+
+    monkeypatch.setattr(service, "_COLLECT_SECONDS", 0.0)
+    coordinator._stop = threading.Event()
+    coordinator._node = Node()
+    coordinator._collect()
+
+
+def test_what_volunteers_report_is_in_the_status(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    coordinator._engine.round = 2
+    failed = [{"round": 2, "reason": "a peer stalled"}]
+    reports = {"asha": report(done(1), done(2)), "mitu": report(done(2, waited=11.0), failed=failed)}
+    collect(coordinator, monkeypatch, reports)
+    status = coordinator._make_status()
+    assert [(entry.round, entry.samples, entry.failed, entry.reason) for entry in status.rounds] == [
+        (1, 10, False, None),
+        (2, 20, True, "a peer stalled"),
+    ]
+    assert status.computing_share == pytest.approx(27 / 40)
+    assert (status.failed_rounds, status.samples_in_round, status.samples_per_second) == (1, 8, 4.0)
+    assert [(volunteer.name, volunteer.samples) for volunteer in status.volunteers] == [("Asha", 20), ("Mitu", 10)]
+    assert coordinator.said == ["Asha joined (2 here now)", "Mitu joined (2 here now)"]
+
+
+def test_a_status_before_the_first_round_has_no_computing_share(coordinator: Any) -> None:
+    assert coordinator._make_status().computing_share is None
+
+
+def test_a_round_counts_with_the_result_that_the_coordinator_has(
+    coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a network that fell apart only one part's rounds are in the model."""
+    coordinator._engine.round = 2
+    coordinator._engine.lineages = {1: "after 1", 2: "after 2"}
+    other = {"mitu": report(done(1), done(2, "another"), done(3), done(4, samples=7))}
+    collect(coordinator, monkeypatch, {"asha": report(done(1), done(2)), **other})
+    assert coordinator._ledger.samples_by_peer() == {"asha": 20, "mitu": 10 + 10 + 7}
+
+
+def test_samples_that_a_leaver_handed_in_count(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    coordinator._engine.round, coordinator._engine.lineages = 3, {3: "after 3"}
+    collect(coordinator, monkeypatch, {"asha": report(done(2), done(3).copy(update={"lineage": ""}))})
+    assert coordinator._ledger.samples_by_peer() == {"asha": 20}
+
+
+def test_nobody_can_have_done_rounds_of_a_far_future(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = [{"round": 10**8, "reason": "x"}, {"round": 1, "reason": "y"}]
+    collect(coordinator, monkeypatch, {"asha": report(done(1), done(10**8), round=1, failed=failed)})
+    assert [entry.round for entry in coordinator._ledger.rounds()] == [1]
+    assert coordinator._ledger.failures() == {1: "y"}
+
+
+def test_a_newcomer_that_still_loads_the_state_makes_nobody_forget(
+    coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says round 0 until it knows better; the run goes on at the round of the coordinator's checkpoint."""
+    coordinator._ledger.add_rounds("asha", [done(number) for number in range(1, 8)])
+    coordinator._engine.round = 5
+    collect(coordinator, monkeypatch, {"mitu": report(ready=False, state="loading")})
+    assert [entry.round for entry in coordinator._ledger.rounds()] == [1, 2, 3, 4, 5]  # 6 and 7 are done again
+
+
+def test_rounds_of_a_living_swarm_are_not_forgotten(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator comes back with an older checkpoint."""
+    coordinator._ledger.add_rounds("asha", [done(number) for number in range(1, 8)])
+    coordinator._engine.round = 5
+    collect(coordinator, monkeypatch, {"asha": report(done(7))})
+    assert [entry.round for entry in coordinator._ledger.rounds()] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_report_that_the_full_disk_refused_is_entered_later(
+    coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_rounds = coordinator._ledger.add_rounds
+    tries: list[str] = []
+
+    def full_once(peer: str, rounds: list[RoundReport]) -> None:
+        tries.append(peer)
+        if len(tries) == 1:
+            raise StorageError("ledger.sqlite: make room")
+        add_rounds(peer, rounds)
+
+    monkeypatch.setattr(coordinator._ledger, "add_rounds", full_once)
+    same = {"asha": report(done(1))}
+    collect(coordinator, monkeypatch, same, same)
+    assert coordinator._ledger.samples_by_peer() == {"asha": 10}
+    assert tries == ["asha", "asha"]
+    assert "ledger.sqlite: make room" in coordinator.said

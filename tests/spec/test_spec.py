@@ -155,7 +155,7 @@ def test_what_was_left_at_its_default_counts_too() -> None:
     """Or two versions with different defaults would read different specs under one fingerprint."""
     canonical = json.loads(parse_spec(SMALLEST, "run.yaml").canonical())
     assert canonical == RunSpec.model_validate(canonical).model_dump(mode="json")
-    assert canonical["swarm"]["matchmaking_seconds"] == 15.0
+    assert canonical["swarm"]["matchmaking_seconds"] == 10.0
 
 
 def test_a_spec_sent_as_json_keeps_its_fingerprint() -> None:

@@ -110,8 +110,8 @@ def test_training_resumes_from_the_last_checkpoint_when_all_have_left(run: Run) 
     run.serve()
     newcomer = run.join("Mitu")
     status = run.wait_for_round(saved + 2, 120)
-    assert f"loading the state of round {saved}" in newcomer.output()
-    assert min(r.round for r in status.rounds if r.round > saved) == saved + 1
+    assert "downloading" not in newcomer.output()  # the state came from the swarm: from the coordinator's peer
+    assert [r.round for r in status.rounds] == list(range(1, status.rounds[-1].round + 1)), run.story()
     ledger = Ledger(RunDirectory.open(run.run_dir).ledger)
     assert set(ledger.members().values()) == {"Asha", "Mitu"}
     ledger.close()
@@ -152,4 +152,23 @@ def test_a_volunteer_that_is_alone_has_whole_rounds_and_its_end_does_not_spoil_t
     replica = Replica(spec.spec)
     replica.load(list_checkpoints(spec.checkpoints)[0])
     assert all(bool(p.isfinite().all()) for p in replica.parameters)
-    assert "group of 2" in alone.output(), run.story()
+    assert ", 2 peers (" in alone.output(), run.story()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ["volunteer", "coordinator"])
+def test_who_loses_its_swarm_process_starts_itself_again(run: Run, free_port: int, whose: str) -> None:
+    coordinator = run.serve(free_port)
+    volunteer = run.join("Asha")
+    run.wait_for_volunteer("Asha", 90)
+    program = {"volunteer": volunteer, "coordinator": coordinator}[whose]
+    killed = [process for process in program.family() if process.name() == "p2pd"]
+    assert killed
+    for process in killed:
+        process.kill()
+    wait_for(lambda: "starting again" in program.output(), 60, f"it starts again\n{run.story()}")
+    reached = run.wait_for_round(1, 60).round
+    run.wait_for_round(reached + 2, 120)
+    assert coordinator.process.poll() is None
+    assert volunteer.process.poll() is None
+    assert volunteer.leave() == 0, volunteer.output()

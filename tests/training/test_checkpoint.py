@@ -25,6 +25,7 @@ from kantha.training.checkpoint import (
     read_manifest,
 )
 
+LINEAGE = "0123456789abcdef"
 EXTRA = {"run.yaml": b"name: x\n", "tokenizer.json": b"{}"}
 
 
@@ -57,7 +58,7 @@ def replica(tiny_spec: RunSpec) -> Replica:
 @pytest.fixture
 def saved(replica: Replica, tmp_path: Path) -> Path:
     folder = checkpoint_folder(tmp_path / "checkpoints", 2)
-    replica.save(folder, 2, EXTRA)
+    replica.save(folder, 2, LINEAGE, EXTRA)
     return folder
 
 
@@ -71,7 +72,7 @@ def test_a_checkpoint_gives_back_every_bit(replica: Replica, saved: Path, tiny_s
     assert not same(replica, other)
     other.load(saved)
     assert same(replica, other)
-    assert other.round == 2
+    assert (other.round, other.lineage) == (2, LINEAGE)
     assert all(moment.any() for moment in tensors(other)[len(other.parameters) :])
     step(replica, 3)
     step(other, 3)
@@ -80,7 +81,7 @@ def test_a_checkpoint_gives_back_every_bit(replica: Replica, saved: Path, tiny_s
 
 def test_a_checkpoint_has_what_it_takes_to_go_on_from_it_alone(saved: Path, tiny_spec: RunSpec) -> None:
     manifest = read_manifest(saved)
-    assert (manifest.round, manifest.fingerprint) == (2, tiny_spec.fingerprint)
+    assert (manifest.round, manifest.lineage, manifest.fingerprint) == (2, LINEAGE, tiny_spec.fingerprint)
     assert manifest.files.keys() == {MODEL_FILE, OPTIMIZER_FILE, *EXTRA}
     assert {path.name for path in saved.iterdir()} == {MANIFEST, *manifest.files}
     assert all(digest.matches(saved / name) for name, digest in manifest.files.items())
@@ -199,7 +200,7 @@ def test_a_checkpoint_is_invisible_until_every_file_is_on_the_disk(
         flush(descriptor)
 
     monkeypatch.setattr(os, "fsync", watch)
-    replica.save(folder, 3, EXTRA)
+    replica.save(folder, 3, LINEAGE, EXTRA)
     hidden = {name for name, visible in flushed if not visible}
     assert {MANIFEST, MODEL_FILE, OPTIMIZER_FILE, *EXTRA} <= hidden
     assert list_checkpoints(tmp_path) == [folder]
@@ -231,7 +232,7 @@ def test_a_disk_that_gets_full_leaves_the_earlier_checkpoint(
     earlier = [tensor.clone() for tensor in tensors(replica)]
     step(replica, 3)
     with small_disk(int(share * (saved / MODEL_FILE).stat().st_size)), pytest.raises(StorageError) as caught:
-        replica.save(checkpoint_folder(saved.parent, 3), 3, EXTRA)
+        replica.save(checkpoint_folder(saved.parent, 3), 3, LINEAGE, EXTRA)
     assert caught.value.exit_code == 16
     assert "round 3" in str(caught.value)
     assert_only_the_earlier_is_there(saved, earlier, tiny_spec)
@@ -259,7 +260,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_the_earlier_checkpoint(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space left on device"):
-        replica.save(checkpoint_folder(saved.parent, round_number), round_number, EXTRA)
+        replica.save(checkpoint_folder(saved.parent, round_number), round_number, LINEAGE, EXTRA)
     assert_only_the_earlier_is_there(saved, earlier, tiny_spec)
 
 
@@ -301,7 +302,7 @@ def test_a_round_that_cannot_be_replaced_stays(
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(StorageError):
-        replica.save(saved, 2, EXTRA)
+        replica.save(saved, 2, LINEAGE, EXTRA)
     assert_only_the_earlier_is_there(saved, earlier, tiny_spec)
 
 

@@ -132,9 +132,11 @@ class Ledger:
 
     def mark_failed(self, number: int, reason: str) -> None:
         """Enter that a round had to be tried again, and why; the first reason stays."""
+        statement = insert(FailedRound).values(round=number, reason=reason).on_conflict_do_nothing()
         with self._session() as session:
-            session.execute(insert(FailedRound).values(round=number, reason=reason).on_conflict_do_nothing())
-        self._state = object()
+            changed = session.connection().execute(statement).rowcount
+        if changed:  # a report repeats its failed rounds, too
+            self._state = object()
 
     def rounds(self) -> list[RoundStatus]:
         """All finished rounds, oldest first, each added up over its contributions."""
@@ -150,8 +152,9 @@ class Ledger:
                 func.sum(Contribution.sop_loss_sum) / samples,
                 func.count(),
                 func.min(Contribution.seen),
-                Contribution.round.in_(select(FailedRound.round)),
+                func.max(FailedRound.reason),
             )
+            .outerjoin(FailedRound, FailedRound.round == Contribution.round)
             .where(Contribution.samples > 0)
             .group_by(Contribution.round)
             .order_by(Contribution.round)
@@ -166,9 +169,10 @@ class Ledger:
                     sop_loss=sop,
                     volunteers=volunteers,
                     finished=finished,
-                    failed=marked,
+                    failed=reason is not None,
+                    reason=reason,
                 )
-                for number, count, mlm, sop, volunteers, finished, marked in session.execute(query)
+                for number, count, mlm, sop, volunteers, finished, reason in session.execute(query)
             ]
         self._rounds = state, rounds  # under the state from before the query: of a change since then it knows nothing
         return list(rounds)

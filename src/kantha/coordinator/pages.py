@@ -60,7 +60,9 @@ def page_router(get_status: Callable[[], RunStatus]) -> APIRouter:
     names, assets = _load_assets()
     chart = json_item(_chart(), "chart")
     templates = Jinja2Templates(_HERE / "templates")
-    templates.env.filters.update(number=_number, duration=_duration, ago=_ago, many=_many, sentence=_sentence)
+    templates.env.filters.update(
+        number=_number, percent=_percent, duration=_duration, ago=_ago, many=_many, sentence=_sentence
+    )
     # Bokeh's documents refer back to models earlier in them, so `tojson` must leave the order alone.
     templates.env.policies["json.dumps_kwargs"] = {"sort_keys": False}
     router = APIRouter(include_in_schema=False)
@@ -221,6 +223,10 @@ def _number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{_number(100 * share, 1)} %"
+
+
 def _duration(seconds: float | None) -> str:
     if seconds is None or not math.isfinite(seconds):
         return "–"
@@ -243,5 +249,6 @@ def _many(count: int, noun: str) -> str:
 def _sentence(entry: RoundStatus) -> str:
     facts = f"{_many(entry.volunteers, 'volunteer')}, {_many(entry.samples, 'sample')}, loss {_number(entry.loss, 2)}"
     if entry.failed:
-        return f"Round {entry.round} failed, a part of the averaging was missing: {facts}"
+        why = f" ({entry.reason})" if entry.reason else ""
+        return f"Round {entry.round} failed at first{why} and was tried again: {facts}"
     return f"Round {entry.round}: {facts}"

@@ -13,8 +13,9 @@ import uvicorn
 from kantha.coordinator.app import build_app
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.service import Coordinator
-from kantha.errors import PortTakenError, StorageError, UnreachableError
+from kantha.errors import PortTakenError, ProcessEndedError, StorageError, UnreachableError
 from kantha.swarm.node import log_to_file
+from kantha.swarm.processes import start_again
 
 _GRACE = 5  # seconds that open HTTP requests get when the coordinator stops
 _PORT_SECONDS = 5.0  # the children of a coordinator that was killed hold its ports until they have died, too
@@ -23,9 +24,18 @@ _PORT_SECONDS = 5.0  # the children of a coordinator that was killed hold its po
 def serve(path: Path, host: str, port: int, p2p_port: int | None, say: Callable[[str], None]) -> None:
     """Serve the run at `path` until SIGINT or SIGTERM; `say` is told in a sentence what happens.
 
+    Where a child process that this program needs is gone, it starts again.
+
     :param host: IP address to listen on; 0.0.0.0 and :: are all of this machine's
     :param p2p_port: TCP port of the swarm; by default the one used before, or any free one the first time
     """
+    try:
+        _serve(path, host, port, p2p_port, say)
+    except ProcessEndedError as error:
+        start_again(error, say)
+
+
+def _serve(path: Path, host: str, port: int, p2p_port: int | None, say: Callable[[str], None]) -> None:
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:

@@ -1,7 +1,8 @@
 """The coordinator at work: welcomes peers, collects their reports into the ledger, keeps checkpoints.
 
-The engine takes part in the averaging without gradients of its own and keeps the replica up to date. Two threads go with
-it: `save` writes checkpoints, `collect` enters reports into the ledger; the web server's threads ask for the status.
+The engine takes part in the averaging without gradients of its own, and keeps the replica up to date. Two threads go
+with it: `save` writes checkpoints, `collect` enters reports into the ledger; the web server's threads ask for the
+status.
 """
 
 import ipaddress
@@ -20,7 +21,7 @@ from kantha.digests import digest_of
 from kantha.errors import DigestError, MembershipError, PortTakenError, RunDirectoryError, StorageError, SwarmError
 from kantha.swarm.membership import Certificate, MembershipRequest
 from kantha.swarm.node import Node
-from kantha.swarm.reports import Report
+from kantha.swarm.reports import Report, RoundReport
 from kantha.swarm.rounds_engine import RoundsEngine
 from kantha.training import Replica
 from kantha.training.checkpoint import (
@@ -57,6 +58,7 @@ class Coordinator:
         self._key = run.key()
         self._ledger = Ledger(run.ledger)
         self._here: dict[str, str] = {}  # who was here when we last looked, for what is said
+        self._handed_in: list[tuple[str, RoundReport]] = []  # by leavers, for a round that is not finished yet
         self._status: tuple[float, RunStatus] | None = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -192,15 +194,19 @@ class Coordinator:
             new = {peer for peer, report in reports.items() if known.get(peer) != report.time}
             known.update({peer: reports[peer].time for peer in new})
             pending |= new
-            present = {peer: seen for peer, seen in self._present().items() if peer in reports}
+            present = {peer: seen for peer, seen in self._engine.roster.present("trainer").items() if peer in reports}
             if present and not self._here:
-                # a swarm that starts anew from a checkpoint does the rounds after it again
-                newest = max(report.round for report, _ in present.values())
+                # a swarm that starts anew from a checkpoint does the rounds after it again; a newcomer that still loads
+                # the state says round 0, which is no reason to forget what this replica has
+                newest = max(self._engine.round, *(report.round for report, _ in present.values()))
                 self._enter(partial(self._ledger.forget_rounds_after, newest))
             for peer_id in sorted(pending & reports.keys()):
                 if not self._enter(partial(self._add_report, peer_id, reports[peer_id])):
                     break
                 pending.discard(peer_id)
+            for peer_id, entry in [each for each in self._handed_in if each[1].round <= self._engine.round]:
+                if self._enter(partial(self._ledger.add_rounds, peer_id, [entry])):
+                    self._handed_in.remove((peer_id, entry))
             self._say_who_is_here({peer: members[peer] for peer in present})
 
     def _present(self) -> dict[str, tuple[Report, float]]:
@@ -216,7 +222,9 @@ class Coordinator:
             for entry in report.rounds
             if entry.round <= newest and entry.lineage in ("", lineages.get(entry.round, entry.lineage))
         ]
-        self._ledger.add_rounds(peer_id, rounds)
+        # what a leaver handed in counts when the others have finished the round
+        self._handed_in += [(peer_id, entry) for entry in rounds if not entry.lineage]
+        self._ledger.add_rounds(peer_id, [entry for entry in rounds if entry.lineage])
         for failed in report.failed:
             if failed.round <= newest:
                 self._ledger.mark_failed(failed.round, failed.reason)

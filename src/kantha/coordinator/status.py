@@ -31,6 +31,7 @@ class RoundStatus(BaseModel):
     volunteers: int
     finished: float = Field(description="When the first report of it arrived, seconds since 1970.")
     failed: bool = Field(description="True where no group could finish it at first, and it was tried again.")
+    reason: str | None = Field(None, description="Why it failed, in the words of a peer.")
 
 
 class RunStatus(BaseModel):

@@ -9,8 +9,9 @@ stop. These must hold:
     dialled (as every averager can), a trainer, and somebody who holds a state are alive and connected.
 (b) *No sample is counted twice* or in two rounds, in the history of any replica.
 (c) *Nobody stays behind*: `Bounds.caught_up` after the last fault every peer is within two rounds of the newest.
-(d) *One result a round*: two peers that had the same result of a round, and were alive, unfrozen and connected since,
-    never get different results of the next one from a group. Where a fault has made two lineages, or a replica
+(d) *One result a round*: two peers that have the same result of a round, and are alive, unfrozen and connected from
+    `SETTLED` before they had it, never get different results of the next one. Nor has a round two results after a single peer crashed, froze, left or
+    was slow: what one peer reports as counted is not lost with it. Where a fault has made two lineages, or a replica
     drifted, it is over `Bounds.caught_up` after the last fault: every peer's state is in the history of the newest one,
     which has one result for every round.
 (e) *Nobody waits without a deadline*: an attempt ends within `Bounds.attempt`, a fetch, push or hand-in within
@@ -35,6 +36,7 @@ from kantha.swarm.rounds import RoundSettings
 
 FIRST = "start"  # the lineage of round 0
 CHECK = 5.0  # seconds between two looks at the whole swarm
+SETTLED = 5.0  # seconds after a fault, until a peer has seen the others again
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,16 @@ class Violation(Exception):
 
 
 @dataclass
+class Fault:
+    """One fault, while it is on."""
+
+    who: str
+    parts: bool  # peers from one another; else it is one peer's own
+    since: float
+    until: float = float("inf")
+
+
+@dataclass
 class History:
     """What one peer has been through."""
 
@@ -92,6 +104,9 @@ class Watcher(Observer):
         self.recovery = 0.0  # seconds from the last fault to the first round after it
         self.network_faults = 0  # now
         self.on_group: list[Callable[[Group], None]] = []
+        self.on_held: list[Callable[[Group], None]] = []
+        self._faults: list[Fault] = []
+        self._first_at: dict[str, float] = {FIRST: 0.0}  # when the first peer was at a lineage
         self._trace = trace
         self._world: World | None = None
         self._parents: dict[str, tuple[str, int]] = {}  # lineage -> (lineage of the round before, round)
@@ -125,17 +140,28 @@ class Watcher(Observer):
         """A fault hit this peer now (1), has just ended (-1), or came and went (0)."""
         history = self._histories[key]
         history.faults += faults
-        history.undisturbed_since = self.world.loop.now
+        history.undisturbed_since = self.world.loop.now + SETTLED
+
+    def held(self, group: Group) -> None:
+        for react in self.on_held:
+            react(group)
+
+    def fault(self, who: str, *, parts: bool) -> "Fault":
+        """:param parts: it parts peers from one another; else it is one peer's own"""
+        fault = Fault(who, parts, self.world.loop.now)
+        self._faults.append(fault)
+        return fault
 
     def started(self, peer: SimPeer) -> None:
-        self._histories[peer.key] = History(undisturbed_since=self.world.loop.now)
+        history = self._histories[peer.key] = History(undisturbed_since=self.world.loop.now)
         if peer.rounds.ready:
-            self._histories[peer.key].became[peer.rounds.lineage] = self.world.loop.now
+            history.became[peer.rounds.lineage] = self.world.loop.now
 
     def finished(self, peer: SimPeer, result: Result | None) -> None:
         now, number, lineage = self.world.loop.now, peer.rounds.round, peer.rounds.lineage
         self.note(peer.name, lambda: f"is at round {number} {lineage[:4]}{'' if result is None else f' ({result.group})'}")
         self._histories[peer.key].became.setdefault(lineage, now)
+        self._first_at.setdefault(lineage, now)
         if result is None:
             return
         if number > self.newest:
@@ -173,6 +199,12 @@ class Watcher(Observer):
         if len(results) > 1 and not results[result.lineage]:
             self.forks += 1
             self.note(peer.name, lambda: f"FORK: {result.lineage[:4]} after {result.base[:4]}, as {list(results)}")
+            since = self._first_at[result.base] - SETTLED
+            faults = [fault for fault in self._faults if fault.until + SETTLED >= since]
+            if not any(fault.parts for fault in faults) and len({fault.who for fault in faults}) <= 1:
+                self._violated(
+                    "d", f"round {result.round} has two results, and only {[fault.who for fault in faults]} had a fault"
+                )
         results[result.lineage].append(peer.key)
         if not self._undisturbed(peer.key, result.base):
             return
@@ -334,10 +366,11 @@ class Chaos:
         )
         when = random.uniform(10.0, self.faults_until - 10.0)
         fault = getattr(self, f"_{kind}")
-        if random.random() < 0.5:
+        trigger = random.choice(["time", "group", "held"])
+        if trigger == "time":
             self.world.loop.at(when, fault)
             return
-        delay = random.uniform(0.0, random.choice([1.0, 5.0, 15.0]))
+        delay = random.uniform(0.0, random.choice([0.3, 1.0, 5.0, 15.0]))
         armed = [False]
 
         def arm() -> None:
@@ -349,7 +382,7 @@ class Chaos:
                 self.world.loop.at(self.world.loop.now + delay, self._guarded(fault))
 
         self.world.loop.at(when, arm)
-        self.watcher.on_group.append(react)
+        (self.watcher.on_group if trigger == "group" else self.watcher.on_held).append(react)
 
     def _guarded(self, fault: Callable[[], None]) -> Callable[[], None]:
         def act() -> None:
@@ -367,11 +400,13 @@ class Chaos:
         when faults end."""
         over = False
         who = peers[0].name if peers else "*"
+        fault = self.watcher.fault(who, parts=what not in ("FREEZE", "SLOW LINK"))
 
         def undo() -> None:
             nonlocal over
             if not over:
                 over = True
+                fault.until = self.world.loop.now
                 self.watcher.note(who, lambda: f"{what} IS OVER")
                 end()
                 self._disturb(peers, -1)
@@ -396,6 +431,7 @@ class Chaos:
             return
         name = peer.name
         self.watcher.note(name, lambda: "CRASHES")
+        self.watcher.fault(name, parts=False).until = self.world.loop.now
         peer.host.alive = False
         self._disturb([peer])
         if self.random.random() < 0.7:
@@ -405,6 +441,7 @@ class Chaos:
         if self.world.peers[name].host.alive or self.world.loop.now > self.faults_until:
             return
         state = self._checkpoints.get(name, (0, FIRST)) if name.startswith("a") else None
+        self.watcher.fault(name, parts=False).until = self.world.loop.now
         self._start(name, self._dialable[name], state)
         self._last_fault = self.world.loop.now
 
@@ -470,6 +507,7 @@ class Chaos:
 
     def _leave(self) -> None:
         if len(self._alive("t")) > 1 and (peer := self._pick("t")) is not None:
+            self.watcher.fault(peer.name, parts=False)
             self._disturb([peer])
             peer.leave()
 
@@ -484,6 +522,7 @@ class Chaos:
 
     def _end_of_faults(self) -> None:
         self.watcher.on_group.clear()
+        self.watcher.on_held.clear()
         for undo in self._heal:
             undo()
         if not self._alive("a") and "a0" in self._dialable:

@@ -80,6 +80,8 @@ class Observer:
 
     def group(self, group: Group) -> None: ...
 
+    def held(self, group: Group) -> None: ...
+
     def failed(self, peer: "SimPeer", round_number: int, reason: str) -> None: ...
 
 
@@ -183,6 +185,7 @@ class AllReduce:
         self._parts.add(reducer)
         if len(self._parts) == len(self._reducers):
             self.agreement.hold(self._peer.clock())
+            self._peer.world.observer.held(self.group)
             self._peer.note(lambda: f"has all of {self.group.id}: {self.agreement.status.value}")
 
     def _send(self, to: str, size: float, arrived: "Callable[[SimPeer], None]") -> None:
@@ -447,6 +450,8 @@ class SimPeer:
 
     def _read(self) -> None:
         now, true_now = self.clock(), self.world.loop.now
+        if self.host.cut and not self.dialable:
+            return  # it knows that it reads nothing; one that others connect to reads what it stores itself
         if not self.host.cut:
             for name, (written, host, report) in self.world.board.items():
                 if name == self.name or host.side != self.host.side:
@@ -615,9 +620,11 @@ class SimPeer:
         self.world.network.tell(self.host, leader.host, lambda: leader.on_withdrawal(self.name, invitation))
 
     def _tell_invited(self, outcome: Group | Dissolved | Refusal | str) -> None:
+        members = {member.peer for member in outcome.members} if isinstance(outcome, Group) else set()
         for other, invitation in self._invited.values():
+            said = Refusal.OVER if members and other.name not in members else outcome  # it was left out
             self.world.network.tell(
-                self.host, other.host, lambda o=other, i=invitation: o.on_invitation(i, outcome)  # type: ignore[misc]
+                self.host, other.host, lambda o=other, i=invitation, s=said: o.on_invitation(i, s)  # type: ignore[misc]
             )
         self._invited.clear()
 
@@ -661,6 +668,8 @@ class SimPeer:
         self._after_round(result)
 
     def _after_round(self, result: Result | None) -> None:
+        if result is None:  # another lineage's, maybe
+            self.results.clear()
         for old in [number for number in self.results if number <= self.rounds.round - rounds.UPDATES_KEPT]:
             del self.results[old]
         self._set_sketch()

@@ -18,7 +18,6 @@ import torch
 from hivemind.proto import averaging_pb2, runtime_pb2
 from hivemind.utils.asyncio import aiter_with_timeout
 
-from kantha.errors import SwarmError
 from kantha.swarm.groups import Group
 from kantha.swarm.parts import CodecError, Layout, decode, encode
 
@@ -29,12 +28,15 @@ _MAX_WEIGHT = 1e9  # samples
 _Data = averaging_pb2.AveragingData
 
 
-class AllReduceError(SwarmError):
-    """It did not become whole; `culprit` is the peer that broke it, as far as this one can tell."""
+class AllReduceError(Exception):
+    """It did not become whole; `culprit` is the peer that broke it, as far as this one can tell.
 
-    def __init__(self, culprit: str, reason: str) -> None:
+    `final`: a reducer could not finish its parts, so nobody can hold the result. Else only this member lacks something.
+    """
+
+    def __init__(self, culprit: str, reason: str, *, final: bool = True) -> None:
         super().__init__(f"{reason} ({culprit[-6:]})")
-        self.culprit, self.reason = culprit, reason
+        self.culprit, self.reason, self.final = culprit, reason, final
 
 
 class AllReduce:
@@ -96,13 +98,23 @@ class AllReduce:
         work = [self._exchange(peer, share) for peer, share in self._shares.items() if peer != self._me and share]
         if self._mine:
             work.append(self._reduce())
-        outcomes = await asyncio.gather(*work, return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException) and not isinstance(outcome, AllReduceError):
-                raise outcome
-        failures = [outcome for outcome in outcomes if isinstance(outcome, AllReduceError)]
-        if self.failure is not None or failures:
-            raise self.failure or failures[0]
+        tasks = [asyncio.create_task(each) for each in work]
+        failure: AllReduceError | None = None
+        try:
+            for task in asyncio.as_completed(tasks):
+                try:
+                    await task
+                except AllReduceError as error:
+                    failure = failure or error
+                    if error.final:
+                        self.fail(error)
+                        raise
+        finally:
+            for unfinished in tasks:
+                unfinished.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if failure is not None:
+            raise failure
 
     # ---- as a member
 
@@ -120,17 +132,17 @@ class AllReduce:
             finally:
                 await stream.aclose()
             if any(index not in self.results for index in share):
-                raise AllReduceError(peer, "its averages ended too soon")
+                raise AllReduceError(peer, "its averages ended too soon", final=False)
         except AllReduceError:
             raise
         except TimeoutError:
-            raise AllReduceError(peer, f"it sent nothing for {REPLY:.0f} s") from None
+            raise AllReduceError(peer, f"it sent nothing for {REPLY:.0f} s", final=False) from None
         except CodecError as error:
-            raise AllReduceError(peer, f"it sent {error}") from None
+            raise AllReduceError(peer, f"it sent {error}", final=False) from None
         except (StopIteration, StopAsyncIteration):
-            raise AllReduceError(peer, "it sent too much, or nothing") from None
+            raise AllReduceError(peer, "it sent too much, or nothing", final=False) from None
         except Exception as error:  # noqa: BLE001  whatever libp2p raises, this reducer's averages are missing
-            raise AllReduceError(peer, f"it cannot be reached: {error!r}") from None
+            raise AllReduceError(peer, f"it cannot be reached: {error!r}", final=False) from None
 
     async def _send(self, share: range) -> AsyncIterator[Any]:
         yield _Data(group_id=self.group.id.encode(), weight=self._weight)
@@ -162,7 +174,7 @@ class AllReduce:
         except (ValueError, AttributeError):
             good = False
         if not good or any(self.weights.get(member, weight) != weight for member, weight in weights.items()):
-            raise AllReduceError(peer, "its list of weights is damaged or another than the others'")
+            raise AllReduceError(peer, "its list of weights is damaged or another than the others'", final=False)
         if not self._mine:
             self.weights = weights
 

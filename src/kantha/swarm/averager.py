@@ -18,6 +18,7 @@ import json
 import logging
 import multiprocessing
 import shutil
+import threading
 import time
 import uuid
 from collections import deque
@@ -32,7 +33,7 @@ from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2, runtime_pb2
 from pydantic import BaseModel, ConfigDict, Field
 
-from kantha.errors import DigestError, SwarmError
+from kantha.errors import DigestError, ProcessEndedError, SwarmError
 from kantha.swarm.allreduce import LINGER, AllReduce, AllReduceError
 from kantha.swarm.groups import Agreement, Dissolved, Group, Member, Refusal, RollCall, Status
 from kantha.swarm.node import Node
@@ -169,6 +170,7 @@ class Averager(DecentralizedAverager):
         self.update = torch.zeros(layout.values)  # an averaged result, decoded, for the program to apply
         self.waiting_tally, self.frozen_tally = Tally(), Tally()
         self.events, self._events_in = multiprocessing.Pipe(duplex=False)
+        self._telling = threading.Lock()  # the pipe takes one message at a time
         self._folder = folder
         self._timeout, self._patience = averaging_timeout, patience
         self._me = Member(node.peer_id, not node.outbound_only)
@@ -198,11 +200,12 @@ class Averager(DecentralizedAverager):
     # ---- called by the program
 
     def tell(self, method: str, *args: Any) -> None:
-        """Have the process run one of its commands (`do_…`). Raises `SwarmError` when it is gone."""
+        """Have the process run one of its commands (`do_…`). Raises `ProcessEndedError` when it is gone."""
         try:
-            self._outer_pipe.send((f"do_{method}", list(args), {}))
+            with self._telling:
+                self._outer_pipe.send((f"do_{method}", list(args), {}))
         except OSError as error:
-            raise SwarmError(f"the averager process is gone ({error})") from None
+            raise ProcessEndedError(f"the averager process is gone ({error}); start again") from None
 
     def add(self, gradients: Sequence[torch.Tensor], samples: int, weights_round: int) -> None:
         """Add the mean gradients over `samples` to those that wait."""
@@ -361,9 +364,9 @@ class Averager(DecentralizedAverager):
                 if leader != self._me.peer:
                     culprits.append(leader)
                 return End.NO_GROUP, outcome.reason
-            elif outcome is Refusal.BEHIND:
+            if outcome is Refusal.BEHIND:
                 return End.BEHIND, "the others have finished it"
-            elif isinstance(outcome, Refusal):
+            if isinstance(outcome, Refusal):
                 reason = outcome.value
             elif outcome is None:
                 culprits.append(leader)
@@ -490,7 +493,9 @@ class Averager(DecentralizedAverager):
                 yield answer(code=averaging_pb2.ACCEPTED)
                 await asyncio.wait({ended}, timeout=_KEEP_ALIVE)
             outcome = ended.result()
-            if isinstance(outcome, Group):
+            if isinstance(outcome, Group) and peer not in {member.peer for member in outcome.members}:
+                yield answer(code=averaging_pb2.NOT_LOOKING_FOR_GROUP, group_id=Refusal.OVER.value.encode())
+            elif isinstance(outcome, Group):
                 yield answer(
                     code=averaging_pb2.BEGIN_ALLREDUCE,
                     group_id=outcome.id.encode(),
@@ -510,8 +515,8 @@ class Averager(DecentralizedAverager):
         own_round, own_lineage, ready = self._replica
         if not ready or wished_round > own_round + 1:
             return Refusal.NOT_YET
-        if wished_round <= own_round:
-            return Refusal.BEHIND
+        if wished_round <= own_round or wished_round in self._updates:
+            return Refusal.BEHIND  # the second: the result is here, and about to be applied
         if lineage != own_lineage:
             return Refusal.LINEAGE
         if any(not running.agreement.decided for running in self._running.values()):
@@ -525,12 +530,18 @@ class Averager(DecentralizedAverager):
     # ---- averaging
 
     def _register(self, group: Group) -> None:
-        """From now on, members may send their parts. What waited is frozen: it is what this peer puts in."""
+        """From now on, members may send their parts. What waited is frozen: it is what this peer puts in.
+
+        Where something is frozen already, in a group of this round that failed, it is that and no more: the group may
+        have succeeded for others, and then all that is frozen is in the round's result.
+        """
+        samples = 0
         with self.lock_averaged_tensors:
-            samples = self.waiting_tally.samples
-            self.frozen.add_(self.waiting)
-            self.frozen_tally.add(samples, self.waiting_tally.oldest)
-            self._clear(self.waiting, self.waiting_tally)
+            if self.frozen_tally.samples == 0:
+                samples = self.waiting_tally.samples
+                self.frozen.copy_(self.waiting)
+                self.frozen_tally.add(samples, self.waiting_tally.oldest)
+                self._clear(self.waiting, self.waiting_tally)
         self._say("frozen", group.id, samples)
         self._running[group.id] = _Running(
             AllReduce(
@@ -566,7 +577,8 @@ class Averager(DecentralizedAverager):
                             culprits.append(error.culprit)
                     elif error is not None:
                         _log.error("the all-reduce failed", exc_info=error)
-                    agreement.stick(unfinished=allreduce.is_unfinished)
+                    final = isinstance(error, AllReduceError) and error.final
+                    agreement.stick(unfinished=final or allreduce.is_unfinished)
                 await asyncio.gather(*(self._question(running, peer) for peer in agreement.questions(now)))
                 if agreement.status is Status.RUNNING and agreement.helpers:
                     await self._repair(running)
@@ -740,9 +752,9 @@ class Averager(DecentralizedAverager):
     # ---- snapshots
 
     async def _own_snapshot(self, wished_round: int) -> tuple[Path, SnapshotManifest]:
-        """This peer's snapshot of that round, or of the round it is at, or a recent one that others load already."""
+        """This peer's snapshot of that round if it has one, or of the round it is at."""
         for folder, manifest in reversed(self._snapshots):
-            if manifest.round == wished_round or self._replica[0] - manifest.round <= UPDATES_KEPT // 4:
+            if manifest.round in (wished_round, self._replica[0]):
                 return folder, manifest
         if not self._replica[2]:
             raise SwarmError("this peer has no state yet")

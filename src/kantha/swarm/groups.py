@@ -70,7 +70,8 @@ class RollCall:
     """The leader's list of who takes part in a round.
 
     It begins when all who are expected are in, not before the target batch is there; after `patience` seconds without
-    some of them, if it has more than half of the peers that are here. After three times that it is dissolved.
+    some of them, if it has more than half of the peers that are here. After three times that it is dissolved. Peers
+    that broke an attempt a moment ago are left out, unless the others are too few without them.
     """
 
     def __init__(self, me: Member, round_number: int, lineage: str, patience: float, now: float) -> None:
@@ -86,18 +87,18 @@ class RollCall:
         self._opened = now
         self._joined: dict[str, Member] = {}
         self._here: frozenset[str] = frozenset()
-        self._expected: frozenset[str] = frozenset()
+        self._suspects: frozenset[str] = frozenset()
         self._not_before: float | None = None  # None: the leader itself is not in yet
 
     def lead(self, here: Collection[str], suspects: Collection[str], not_before: float) -> None:
         """The leader itself takes part.
 
         :param here: peers that are in the swarm and ready
-        :param suspects: those of them that broke an attempt a moment ago; they are not waited for
+        :param suspects: those of them that broke an attempt a moment ago
         :param not_before: when the target batch is reached
         """
         self._here = frozenset(here)
-        self._expected = self._here - frozenset(suspects) - {self._me.peer}
+        self._suspects = frozenset(suspects) - {self._me.peer}
         self._not_before = not_before
         self._joined[self._me.peer] = self._me
 
@@ -123,11 +124,14 @@ class RollCall:
             return None
         waited = now - self._opened
         if self._not_before is not None and now >= self._not_before:
-            missing = self._expected - self._joined.keys()
-            enough = 2 * len(self._joined) > len(self._here | self._joined.keys())
-            if enough and (not missing or waited >= self._patience):
-                self.begun = True
-                return Group(group_id, self.round, self.lineage, tuple(m for _, m in sorted(self._joined.items())))
+            missing = self._here - self._suspects - self._joined.keys()
+            if not missing or waited >= self._patience:
+                trusted = self._joined.keys() - self._suspects
+                for members in (trusted, self._joined.keys()):
+                    if 2 * len(members) > len(self._here | self._joined.keys()):
+                        self.begun = True
+                        chosen = tuple(self._joined[peer] for peer in sorted(members))
+                        return Group(group_id, self.round, self.lineage, chosen)
         if waited >= 3 * self._patience:
             self.begun = True
             return Dissolved(f"{len(self._joined)} of {len(self._here | self._joined.keys())} peers came")
@@ -180,7 +184,7 @@ class Agreement:
     def stick(self, *, unfinished: bool) -> None:
         """The all-reduce ended without all parts.
 
-        :param unfinished: this member reduces, and could not finish all its parts
+        :param unfinished: a reducer, this member or one that said so, could not finish its parts
         """
         self._stuck = True
         if unfinished and self.status is Status.RUNNING:

@@ -13,14 +13,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from kantha.errors import SwarmError
-
 PART_VALUES = 2**17  # largest part
 _BLOCK = 256  # values that share a scale in 8 bits
 _SMALL = 2**12  # parts below this travel in fp32: biases and LayerNorms are few, and move a lot
 
 
-class CodecError(SwarmError):
+class CodecError(Exception):
     """What was decoded is not what was encoded, or what arrived is no part."""
 
 

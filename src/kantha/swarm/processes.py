@@ -9,11 +9,17 @@ import ctypes
 import functools
 import os
 import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 import psutil
 import torch
 
+from kantha.errors import ProcessEndedError
+
 _PR_SET_PDEATHSIG = 1
+_RESTARTS, _MOST_RESTARTS = "KANTHA_RESTARTS", 3  # the environment variable that counts them
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -51,3 +57,16 @@ def end_with_children_when_parent_dies() -> None:
 def leave_terminal_group() -> None:
     """Move this process to a group of its own, so that Ctrl-C in a terminal reaches the program and not this child."""
     os.setpgid(0, 0)
+
+
+def start_again(error: ProcessEndedError, say: Callable[[str], None]) -> NoReturn:
+    """Replace this program, which has closed what it held, by a fresh one. Raises `error` when it has done so often.
+
+    New helpers cannot be forked safely from a program that has threads and perhaps a GPU.
+    """
+    restarts = int(os.environ.get(_RESTARTS, "0"))
+    if restarts >= _MOST_RESTARTS:
+        raise error
+    say(f"{error}: starting again …")
+    os.environ[_RESTARTS] = str(restarts + 1)
+    os.execv(sys.executable, [sys.executable, "-m", "kantha", *sys.argv[1:]])

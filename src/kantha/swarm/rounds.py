@@ -23,12 +23,14 @@ from math import sqrt
 
 from kantha.swarm.groups import Member
 
+OLD_NEWS = 10.0  # seconds without a look at the others after which no attempt begins: frozen, or cut off
 AHEAD = 2.0  # seconds before the target batch is there that peers call each other together
 LEADERS = 3  # peers that are asked to lead, before an attempt ends without a group
 ATTEMPTS = 3  # failed attempts in a row after which a round is counted as failed, and put off
 BACKOFF = 5.0  # seconds that it is put off
 AGAIN = 1.0  # seconds between two attempts that found no group
-SUSPECT = 30.0  # seconds that a peer which broke an attempt is not waited for, and led by only if nobody else is there
+SUSPECT = 30.0  # seconds that a peer which broke an attempt is left out where others suffice; doubled with each time
+MOST_SUSPECT = 480.0
 UPDATES_KEPT = 8  # rounds whose result a peer keeps for those who missed them
 FETCH_AGAIN = 2.0  # seconds between two attempts to fetch
 LOST = 120.0  # seconds without anybody's state after which a trainer gives up
@@ -202,10 +204,11 @@ class Rounds:
         self._rate = 0.0
         self._trains = trains
         self._peers: Mapping[str, PeerView] = {}
-        self._seen_at = now
+        self._seen_at = float("-inf")
         self._failures = 0  # attempts in a row
         self._not_before = now  # for the next attempt
         self._suspects: dict[str, float] = {}  # until when
+        self._offences: dict[str, int] = {}  # attempts that each broke
         self._called = False
         self._pending_apply = False
         self._fetching = False
@@ -259,7 +262,9 @@ class Rounds:
         if self.phase is not Phase.AVERAGING:
             return
         self.phase = Phase.COMPUTING
-        self._suspects.update(dict.fromkeys(culprits, now + SUSPECT))
+        for peer in culprits:
+            self._offences[peer] = self._offences.get(peer, 0) + (end is End.BROKEN)
+            self._suspects[peer] = now + min(MOST_SUSPECT, SUSPECT * 2.0 ** max(0, self._offences[peer] - 1))
         if end is End.COMMITTED:
             self._failures = 0
             self._pending_apply = True
@@ -403,7 +408,7 @@ class Rounds:
         return is_trainer, hashlib.sha256(f"{round_number}:{peer}".encode()).hexdigest()
 
     def _poll_attempt(self, now: float) -> Attempt | None:
-        if now < self._not_before:
+        if now < self._not_before or now - self._seen_at > OLD_NEWS:
             return None
         samples, rate = self.progress(now)
         missing = self.settings.target - samples

@@ -1,10 +1,11 @@
 """One peer of the swarm at work: the rules of rounds.py, fed from the averager process and from everybody's reports.
 
-The program's own thread only computes: `contribute` adds gradients and returns at once. Two threads do the rest:
-`rounds` runs the rules and applies results to the replica, `exchange` publishes this peer's report and reads the others'.
+The program's own thread only computes: `contribute` adds gradients and returns at once. Three threads do the rest:
+`rounds` runs the rules and applies results to the replica, `publish` renews this peer's report, `watch` reads others'.
 """
 
 import logging
+import shutil
 import tempfile
 import threading
 import time
@@ -20,12 +21,12 @@ from hivemind.utils import get_dht_time
 from torch.optim.lr_scheduler import LRScheduler
 
 from kantha import __version__
-from kantha.errors import DigestError, SwarmError
+from kantha.errors import DigestError, ProcessEndedError, SwarmError
 from kantha.spec import SwarmSpec
 from kantha.swarm.averager import Averager, UpdateHeader
 from kantha.swarm.groups import Member
 from kantha.swarm.node import Node
-from kantha.swarm.parts import Layout
+from kantha.swarm.parts import CodecError, Layout
 from kantha.swarm.reports import LEFT, PRESENT, RENEWAL, FailedRound, Report, Roster
 from kantha.swarm.rounds import (
     LEAVE,
@@ -33,6 +34,7 @@ from kantha.swarm.rounds import (
     Action,
     Apply,
     Attempt,
+    Drop,
     Failed,
     FetchSnapshot,
     FetchUpdates,
@@ -51,6 +53,7 @@ from kantha.swarm.snapshots import SnapshotManifest, load_moments, load_weights,
 
 _TICK = 0.1  # seconds between two looks at the rules, where nothing happens
 _SPEED_WINDOW = 60.0  # seconds over which this peer's speed is measured
+_SLOW = 5.0  # seconds for the DHT after which it is said in the log
 _PAUSE = 10.0  # seconds without a new gradient that are taken for one that is under way
 _LATE = 2  # rounds that gradients may be late: one as a rule, two where their peer missed a group
 _LINEAGES_KEPT = 64  # rounds
@@ -69,10 +72,6 @@ class RoundResult:
     samples: int  # this peer's own in it
     peers: int  # that put samples in
     lost: int  # this peer's own that are in no round, since the last that ended
-
-
-class ProcessEndedError(SwarmError):
-    """A child process of this machine's swarm part is gone; starting again heals it."""
 
 
 class RoundsEngine:
@@ -106,6 +105,8 @@ class RoundsEngine:
         self._temporary = tempfile.TemporaryDirectory(prefix="kantha-") if folder is None else None
         self._folder = folder or Path(self._temporary.name)  # type: ignore[union-attr]
         self._folder.mkdir(parents=True, exist_ok=True)
+        for old in self._folder.glob("snapshot-*"):  # of a program that was killed
+            shutil.rmtree(old, ignore_errors=True)
         layout = Layout([parameter.shape for parameter in parameters], settings.compression)
         rules = RoundSettings(settings.target_batch_size, settings.matchmaking_seconds, settings.averaging_timeout)
         self._averager = Averager(node, layout, settings.averaging_timeout, settings.matchmaking_seconds, self._folder)
@@ -124,6 +125,7 @@ class RoundsEngine:
         self.loading: tuple[str, int, int] | None = None  # file, pieces here, pieces in all
         self._groups: dict[int, str] = {}  # whose results the last rounds were
         self._joined: dict[str, int] = {}  # groups that what is frozen was put into, and this peer's own samples in it
+        self._frozen_own = 0  # this peer's own samples among those that are frozen
         self._given = 0  # samples that leavers handed in, among those that wait
         self._lost = 0  # this peer's own samples that were dropped, since a round ended
         self.lineages: dict[int, str] = {}  # after each of the last rounds
@@ -149,7 +151,7 @@ class RoundsEngine:
             self._averager.tell("set_replica", round_number, lineage, True)
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
-            for name, work in (("rounds", self._run), ("exchange", self._exchange))
+            for name, work in (("rounds", self._run), ("publish", self._publish), ("watch", self._watch))
         ]
         for thread in self._threads:
             thread.start()
@@ -203,6 +205,8 @@ class RoundsEngine:
         lineage: str,
     ) -> None:
         """Go on from a state that came from outside the swarm: a checkpoint."""
+        if not self._rounds.take_over(time.monotonic(), round_number, lineage):
+            return  # the swarm's state came meanwhile
         with self._replica, torch.no_grad():
             for mine, theirs in zip(self._parameters, parameters, strict=True):
                 mine.copy_(theirs)
@@ -211,7 +215,6 @@ class RoundsEngine:
                         moment.copy_(optimizer.state[theirs][name])
             self._set_rate(round_number)
             self._version += 1
-            self._rounds.take_over(time.monotonic(), round_number, lineage)
         self._averager.tell("set_replica", round_number, lineage, True)
         self._weights_ready.set()
 
@@ -240,6 +243,11 @@ class RoundsEngine:
     def samples_waiting(self) -> int:
         """Samples towards the next round, those in an averaging under way included."""
         return self._averager.waiting_tally.samples + self._averager.frozen_tally.samples
+
+    @property
+    def is_averaging(self) -> bool:
+        """Whether samples of this peer are in an averaging under way."""
+        return self._averager.frozen_tally.samples > 0
 
     @property
     def samples_per_second(self) -> float:
@@ -319,15 +327,25 @@ class RoundsEngine:
 
     def _check_processes(self) -> None:
         if self._error is None and not (self._averager.is_alive() and self._node.is_alive()):
-            self._fail(ProcessEndedError("a swarm process of this machine ended unexpectedly"))
+            self._fail(ProcessEndedError("a swarm process of this machine ended unexpectedly; start again"))
 
-    def _exchange(self) -> None:
+    def _publish(self) -> None:
         while not self._stop.is_set():
             self._kick.clear()
+            began = time.monotonic()
             try:
                 with self._publishing:
                     if not self._said_goodbye:
                         self._node.publish(self._report())
+            except SwarmError as error:
+                _log.warning("%s", error)
+            self._say_if_slow("publishing this peer's report", began)
+            self._kick.wait(RENEWAL)
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            began = time.monotonic()
+            try:
                 self.roster.update(self._node.reports())
                 if not self.roster.present("averager"):
                     self._node.rejoin()
@@ -335,7 +353,13 @@ class RoundsEngine:
                 self._seen_at = time.monotonic()
             except SwarmError as error:
                 _log.warning("%s", error)
-            self._kick.wait(RENEWAL)
+            self._say_if_slow("reading the others' reports", began)
+            self._stop.wait(RENEWAL)
+
+    def _say_if_slow(self, what: str, began: float) -> None:
+        seconds = time.monotonic() - began
+        if seconds > _SLOW:
+            _log.warning("%s took %.1f s", what, seconds)
 
     def _views(self) -> dict[str, PeerView]:
         return {
@@ -394,6 +418,13 @@ class RoundsEngine:
             case Thaw():
                 self._averager.thaw()
                 self._joined.clear()
+            case Drop():
+                self._lost += self._averager.drop_waiting() - self._given
+                if self._averager.frozen_tally.samples:
+                    self._lost += self._frozen_own
+                    self._averager.drop_frozen()
+                self._given = self._frozen_own = 0
+                self._joined.clear()
             case FetchUpdates():
                 _log.info("rounds %d to %d are fetched", action.first, action.last)
                 self._catching_up = action
@@ -422,8 +453,9 @@ class RoundsEngine:
             case "frozen":
                 group, samples = details
                 self._rounds.frozen()
-                self._joined[group] = samples - self._given + sum(list(self._joined.values())[-1:])
-                self._given = 0
+                if samples:
+                    self._frozen_own, self._given = samples - self._given, 0
+                self._joined[group] = self._frozen_own
             case "attempt_ended":
                 end, culprits, reason = details
                 self.failed_attempts += end.value == "broken"
@@ -556,7 +588,7 @@ class RoundsEngine:
                 manifest = write_snapshot(
                     folder, self.round, self.lineage, self._groups, self._parameters, self._moments()
                 )
-        except (OSError, SwarmError) as error:
+        except (OSError, SwarmError, CodecError) as error:
             _log.warning("no snapshot could be written: %s", error)
             self._averager.tell("offer_snapshot", folder, None)
             return
@@ -590,13 +622,15 @@ class RoundsEngine:
             _log.warning("%s", error)
             self._rounds.fetched(time.monotonic(), None, snapshot=True)
             return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         self._averager.tell("set_replica", manifest.round, manifest.lineage, True)
         self._kick.set()
 
     def _take_over(self, folder: Path, content: dict[str, Any]) -> None:
         """Another peer sent its state, because this one could not fetch it."""
         manifest = SnapshotManifest.model_validate(content)
-        if self.is_ready and manifest.round <= self.round:
+        if not self._rounds.take_over(time.monotonic(), manifest.round, manifest.lineage):
             return
         try:
             with self._replica:
@@ -605,7 +639,6 @@ class RoundsEngine:
                 self._set_rate(manifest.round)
                 self._version += 1
                 self._become(manifest)
-                self._rounds.take_over(time.monotonic(), manifest.round, manifest.lineage)
         except DigestError as error:
             _log.warning("%s", error)
             return
@@ -614,12 +647,7 @@ class RoundsEngine:
         self._kick.set()
 
     def _become(self, manifest: SnapshotManifest) -> None:
-        """What was frozen is in the loaded state, or it is not known: then it is dropped, and never counted twice."""
-        if self._averager.frozen_tally.samples:
-            self._lost += max(self._joined.values(), default=0)
-            self._averager.drop_frozen()
-            self._sync()
-        self._joined.clear()
+        self._sync()
         self._groups = dict(manifest.groups)
         self._rounds.sketch = self._sketch()
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kantha.errors import DigestError
-from kantha.swarm.parts import Part, decode, encode
+from kantha.swarm.parts import CodecError, Part, decode, encode
 
 PIECE = 2**20  # bytes
 FILES = ("weights", "moments")
@@ -150,4 +150,7 @@ def _unpack(name: str, packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         if packed.shape != shape or packed.dtype != torch.bfloat16 or not bool(packed.isfinite().all()):
             raise DigestError("a peer sent the state of another optimizer; another is asked")
         return packed.float().square()
-    return decode(packed.numpy().tobytes(), Part(0, shape.numel(), "8bit")).reshape(shape)
+    try:
+        return decode(packed.numpy().tobytes(), Part(0, shape.numel(), "8bit")).reshape(shape)
+    except CodecError as error:
+        raise DigestError(f"a peer sent the state of another optimizer ({error}); another is asked") from None

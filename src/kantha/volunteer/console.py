@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColum
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from kantha.errors import printable
 from kantha.swarm.reports import FailedRound
 from kantha.swarm.rounds_engine import RoundsEngine
 from kantha.volunteer.session import Session
@@ -59,7 +60,8 @@ class VolunteerConsole:
         session = self._session
         for failed in [failed for failed in list(self._engine.failures) if failed not in self._failed]:
             self._failed.append(failed)
-            self._print(f"round {failed.round} failed ({failed.reason}); it is tried again, and nothing is lost")
+            reason = printable(failed.reason)  # it may have been a stranger's word
+            self._print(f"round {failed.round} failed ({reason}); it is tried again, and nothing is lost")
         if round_ended and (result := session.last_round) is not None and not self._console.is_terminal:
             with_whom = "alone" if result.peers == 1 else f"{result.peers} peers"
             loss = f", loss {session.loss:.3f}" if session.loss is not None else ""

@@ -6,7 +6,6 @@ describe → membership → swarm → snapshot → ( batch → gradients → han
 import os
 import platform
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,17 +20,17 @@ from rich.console import Console
 
 from kantha.api import RunDescription
 from kantha.corpus import Batch, ExampleStream, load_tokenizer
-from kantha.errors import CorpusError, PlatformError, SwarmError
+from kantha.errors import CorpusError, PlatformError, ProcessEndedError, SwarmError
 from kantha.spec import FileSource, RunSpec
 from kantha.swarm.node import Node, log_to_file
-from kantha.swarm.rounds_engine import ProcessEndedError, RoundsEngine
+from kantha.swarm.processes import start_again
+from kantha.swarm.rounds_engine import RoundsEngine
 from kantha.training import Replica, Trainer, choose_device, describe_device
 from kantha.volunteer.client import CoordinatorClient, request_membership
 from kantha.volunteer.console import VolunteerConsole, download_progress, state_progress
 from kantha.volunteer.folders import PeerFolder
 from kantha.volunteer.session import Session
 
-_RESTARTS, _MOST_RESTARTS = "KANTHA_RESTARTS", 3  # the environment variable that counts them
 _CPU_BATCH, _GPU_BATCH = 8, 32  # examples computed at once
 _HAND_OVER_SECONDS = 1.0
 _LARGE = 5_000_000  # bytes from which on a download is worth a line where no bar is drawn
@@ -57,13 +56,7 @@ def join(url: str, options: JoinOptions, console: Console) -> None:
     try:
         _join(url, options, console)
     except ProcessEndedError as error:
-        restarts = int(os.environ.get(_RESTARTS, "0"))
-        if restarts == _MOST_RESTARTS:
-            raise
-        _say(console, f"{error}; starting again …")
-        os.environ[_RESTARTS] = str(restarts + 1)
-        # a fresh program: processes cannot be forked safely from this one any more, it has threads and a GPU
-        os.execv(sys.executable, [sys.executable, "-m", "kantha", *sys.argv[1:]])
+        start_again(error, lambda line: _say(console, line))
 
 
 def _join(url: str, options: JoinOptions, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""What a volunteer knows of itself and of the swarm, shared by the training loop, the engine's report and the console."""
+"""What a volunteer knows of itself and of the swarm; the training loop tells it, report and console show it."""
 
 import threading
 import time

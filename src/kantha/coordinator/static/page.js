@@ -28,12 +28,14 @@ function duration(seconds) {
   return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
 }
 
+const percent = (share) => (share === null ? "–" : `${number(100 * share, 1)} %`);
 const ago = (seconds) => (seconds < 2 ? "just now" : `${duration(seconds)} ago`);
 const many = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 
 function sentence(round) {
   const facts = `${many(round.volunteers, "volunteer")}, ${many(round.samples, "sample")}, loss ${number(round.loss, 2)}`;
-  if (round.failed) return `Round ${round.round} failed, a part of the averaging was missing: ${facts}`;
+  const why = round.reason ? ` (${round.reason})` : "";
+  if (round.failed) return `Round ${round.round} failed at first${why} and was tried again: ${facts}`;
   return `Round ${round.round}: ${facts}`;
 }
 
@@ -48,6 +50,7 @@ function showFigures(status) {
   setField("speed", number(status.samples_per_second, 1));
   setField("volunteers", number(status.volunteers.length));
   setField("next", averaging ? "now" : duration(status.seconds_to_next_round));
+  setField("computing", percent(status.computing_share));
   setField("failed", number(status.failed_rounds));
   setField("checkpoint", status.checkpoint_round ? `round ${number(status.checkpoint_round)}` : "none yet");
   setField("progress", `Round ${number(status.round + 1)}: ${progress}`);

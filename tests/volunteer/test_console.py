@@ -1,0 +1,59 @@
+"""The lines that a volunteer reads where there is no terminal."""
+
+import io
+import threading
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from kantha.swarm.reports import FailedRound, Roster
+from kantha.swarm.rounds import Phase
+from kantha.swarm.rounds_engine import RoundResult
+from kantha.training import Gradients
+from kantha.volunteer.console import VolunteerConsole
+from kantha.volunteer.session import Session
+
+
+@pytest.fixture
+def engine() -> SimpleNamespace:
+    """What session and console ask of an engine."""
+    return SimpleNamespace(
+        round=7,
+        phase=Phase.COMPUTING,
+        target=100,
+        progress=lambda: (40.0, 3.0),
+        samples_per_second=1.5,
+        roster=Roster(),
+        failures=deque[FailedRound](maxlen=8),
+    )
+
+
+def lines(engine: SimpleNamespace, session: Session, *ticks: bool) -> list[str]:
+    said = io.StringIO()
+    screen = VolunteerConsole(
+        "tiny", "http://127.0.0.1:1", "Asha", session, engine, Console(file=said, width=400), threading.Event()
+    )
+    for round_ended in ticks:
+        screen.tick(round_ended)
+    return said.getvalue().splitlines()
+
+
+def test_a_failed_round_is_told_once_and_cannot_play_with_the_terminal(engine: SimpleNamespace) -> None:
+    """Its reason may be the word of another peer."""
+    engine.failures.append(FailedRound(round=8, reason="\x1b[2J[bold]gone\nround 9: all is well"))
+    told = lines(engine, Session("CPU", engine), False, False)  # type: ignore[arg-type]
+    assert told == [
+        "round 8 failed (?[2J[bold]gone?round 9: all is well); it is tried again, and nothing is lost",
+    ]
+
+
+def test_a_round_that_ended_is_a_line(engine: SimpleNamespace) -> None:
+    session = Session("CPU", engine)  # type: ignore[arg-type]
+    session.computed(Gradients([], 10, 5.0, 0.5), seconds=9.9, waited=0.1)
+    session.ended(RoundResult(round=8, lineage="x", samples=10, peers=3, lost=0))
+    assert lines(engine, session, True) == [
+        "round 8: 10 samples of mine, loss 5.500, 3 peers (10 samples so far, swarm 3.0 samples/s, "
+        "computing 99% of the time)"
+    ]

@@ -1,0 +1,124 @@
+"""How a volunteer gets the run's state, and what it does when a process that it needs is gone."""
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from kantha.coordinator.service import Coordinator
+from kantha.errors import DigestError, ProcessEndedError
+from kantha.training import Replica
+from kantha.volunteer import join as module
+from kantha.volunteer.client import CoordinatorClient
+from kantha.volunteer.folders import PeerFolder
+from kantha.volunteer.join import JoinOptions, fetch_tokenizer, join, load_state
+
+
+class FakeEngine:
+    """Weights arrive after so many looks, if ever."""
+
+    def __init__(self, looks: int | None) -> None:
+        self.looks = looks
+        self.loading: tuple[str, int, int] | None = None
+        self.taken_over: tuple[list[torch.Tensor], int, str] | None = None
+
+    def wait_weights(self, _timeout: float) -> bool:
+        if self.looks is None:
+            return False
+        self.looks -= 1
+        self.loading = ("weights", 10 - self.looks, 10)
+        return self.looks <= 0
+
+    def take_over(self, parameters: list[torch.Tensor], _optimizer: object, round_number: int, lineage: str) -> None:
+        self.taken_over = parameters, round_number, lineage
+
+
+def load(url: str, coordinator: Coordinator, engine: FakeEngine) -> str:
+    folder, said = PeerFolder(coordinator.run.spec.fingerprint, "Asha"), io.StringIO()
+    with CoordinatorClient(url) as client:
+        description, spec = client.describe()
+        load_state(client, description, spec, folder, Replica(spec), engine, Console(file=said))  # type: ignore[arg-type]
+    return said.getvalue()
+
+
+def test_the_state_that_peers_give_is_not_downloaded(coordinator_url: str, web_coordinator: Coordinator) -> None:
+    engine = FakeEngine(looks=3)
+    assert load(coordinator_url, web_coordinator, engine) == ""
+    assert engine.taken_over is None
+    assert not list(PeerFolder(web_coordinator.run.spec.fingerprint, "Asha").run_folder.rglob("*.safetensors"))
+
+
+def test_where_no_peer_gives_the_state_the_checkpoint_is_downloaded(
+    coordinator_url: str, web_coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_NO_PEER_SECONDS", 0.0)
+    run, engine = web_coordinator.run, FakeEngine(looks=None)
+    newer = Replica(run.spec)
+    with torch.no_grad():
+        for parameter in newer.parameters:
+            parameter.add_(0.25)
+    run.save_checkpoint(newer, 4, "after 4")
+    assert "no peer gives the swarm's state" in load(coordinator_url, web_coordinator, engine)
+    assert engine.taken_over is not None
+    parameters, number, lineage = engine.taken_over
+    assert (number, lineage) == (4, "after 4")
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(parameters, newer.parameters, strict=True))
+
+
+def test_the_tokenizer_is_downloaded_once_and_again_where_it_is_damaged(
+    coordinator_url: str, web_coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = PeerFolder(web_coordinator.run.spec.fingerprint, "Asha")
+    with CoordinatorClient(coordinator_url) as client:
+        description, _ = client.describe()
+        path = fetch_tokenizer(client, description, folder)
+        content = path.read_bytes()
+        assert content == web_coordinator.run.tokenizer.read_bytes()
+        before = path.stat().st_ino
+        assert fetch_tokenizer(client, description, folder) == path
+        assert path.stat().st_ino == before
+        path.write_bytes(b"damaged")
+        fetch_tokenizer(client, description, folder)
+        assert path.read_bytes() == content
+        wrong = description.tokenizer.model_copy(update={"sha256": "0f" * 32})
+        with pytest.raises(DigestError):
+            fetch_tokenizer(client, description.model_copy(update={"tokenizer": wrong}), folder)
+
+
+# ---- a process that is gone
+
+
+class Started(Exception):
+    """Another program was started in place of this one."""
+
+
+def gone(*_: Any) -> None:
+    raise ProcessEndedError("a swarm process of this machine ended unexpectedly; start again")
+
+
+def test_a_volunteer_whose_swarm_process_ended_starts_itself_again_three_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def start(program: str, arguments: list[str]) -> None:
+        raise Started(program, arguments)
+
+    monkeypatch.setattr(module, "_join", gone)
+    monkeypatch.setattr(os, "execv", start)
+    monkeypatch.setattr(sys, "argv", ["kantha", "join", "http://127.0.0.1:1", "--name", "Asha"])
+    monkeypatch.setenv("KANTHA_RESTARTS", "0")
+    said = io.StringIO()
+    for number in range(3):
+        with pytest.raises(Started) as started:
+            join("http://127.0.0.1:1", JoinOptions("Asha"), Console(file=said))
+        program, arguments = started.value.args
+        assert arguments == [program, "-m", "kantha", "join", "http://127.0.0.1:1", "--name", "Asha"]
+        assert os.environ["KANTHA_RESTARTS"] == str(number + 1)
+    with pytest.raises(ProcessEndedError) as caught:
+        join("http://127.0.0.1:1", JoinOptions("Asha"), Console(file=said))
+    assert caught.value.exit_code == 27
+    assert said.getvalue().count("starting again …") == 3
