@@ -13,13 +13,15 @@ wrong = [
         "each contributed samples": all(report["samples_per_volunteer"].values()),
         "at least 8 rounds": report["rounds"] >= 8,
         "at most one round in ten failed": report["failed_rounds"] <= report["rounds"] / 10,
+        "nine tenths of the time spent computing": report["computing_share"] >= 0.9,
         "held-out loss at least 8 % lower": gain >= 0.08,
         "a model": (Path(report["model_dir"]) / "model.safetensors").is_file(),
     }.items()
     if not holds
 ]
 sys.stdout.write(
-    f"demo: {report['rounds']} rounds, {report['failed_rounds']} failed, {report['samples_per_volunteer']}, "
+    f"demo: {report['rounds']} rounds, {report['failed_rounds']} failed, computing {report['computing_share']:.1%}, "
+    f"{report['samples_per_volunteer']}, "
     f"held-out loss {report['heldout_loss_start']:.3f} -> {report['heldout_loss_end']:.3f} (-{gain:.1%})\n"
 )
 if wrong:

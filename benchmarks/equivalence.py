@@ -9,7 +9,6 @@ the largest relative distance of any two, ‖a − b‖ / ‖b‖ over all weigh
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,7 @@ PEERS = 3
 BATCH = 8  # examples computed at once
 JOINS_AT = 5  # the round at which the last peer joins
 HELDOUT = 512
-PATIENCE = 900.0  # seconds for a swarm to make its rounds
+KEPT = 3  # rounds after the last whose weights are kept, for peers to have one in common
 
 
 def prepare(folder: Path, seed: int, target: int) -> RunSpec:
@@ -47,7 +46,7 @@ def prepare(folder: Path, seed: int, target: int) -> RunSpec:
 
 
 def peer(folder: Path, seed: int, index: int, rounds: int, bootstrap: Sequence[str]) -> None:
-    """One peer: trains until the swarm is past `rounds`, keeps its weights at and after that round."""
+    """One peer: trains until it is ended, keeps its weights at `rounds` and shortly after."""
     torch.set_num_threads(1)
     spec = load_spec(folder / f"run-{seed}.yaml")
     log_to_file(folder / f"peer-{seed}-{index}.log")
@@ -68,12 +67,12 @@ def peer(folder: Path, seed: int, index: int, rounds: int, bootstrap: Sequence[s
         stream = ExampleStream(spec, load_tokenizer(folder / "tokenizer.json", None), peer_seed=index)
         trainer, version = Trainer(spec, torch.device("cpu")), -1
         saved: set[int] = set()
-        while len(saved) < 3:
+        while True:
             with engine.hold() as newest:
                 if newest != version:
                     trainer.load(replica.parameters)
                     version = newest
-                if engine.round >= rounds and engine.round not in saved and engine.is_ready:
+                if rounds <= engine.round < rounds + KEPT and engine.round not in saved and engine.is_ready:
                     saved.add(engine.round)
                     weights = {str(i): p.detach().clone() for i, p in enumerate(replica.parameters)}
                     save_file(weights, folder / f"weights-{seed}-{index}-{engine.round}")
@@ -89,9 +88,9 @@ def peer(folder: Path, seed: int, index: int, rounds: int, bootstrap: Sequence[s
 
 
 def swarm(folder: Path, seed: int, rounds: int) -> list[list[int]]:
-    """Run the peers; returns each peer's samples in rounds 1 to `rounds`."""
+    """Run the peers; returns each peer's samples by round."""
     processes: list[subprocess.Popen[str]] = []
-    samples = [[0] * (rounds + 1) for _ in range(PEERS)]
+    samples = [[0] * (rounds + KEPT + 10) for _ in range(PEERS)]
     try:
         addresses: list[str] = []
         for index in range(PEERS):
@@ -99,16 +98,12 @@ def swarm(folder: Path, seed: int, rounds: int) -> list[list[int]]:
             process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
             processes.append(process)
             assert process.stdout is not None
-            os.set_blocking(process.stdout.fileno(), True)
             if index == 0:
                 addresses = json.loads(process.stdout.readline())["addresses"]
             if index == PEERS - 2:
                 _follow(processes[0], samples[0], JOINS_AT)
         for index, process in enumerate(processes):
-            _follow(process, samples[index], rounds)
-        deadline = time.monotonic() + PATIENCE
-        for process in processes:
-            process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            _follow(process, samples[index], rounds + KEPT)
     finally:
         for process in processes:
             if process.poll() is None:
@@ -187,7 +182,7 @@ def main() -> None:
             heldout = heldout_batches(spec, load_tokenizer(folder / "tokenizer.json", None), HELDOUT, batch_size=32)
             began = time.monotonic()
             print(f"seed {seed}: three peers make {arguments.rounds} rounds …", flush=True)
-            samples = swarm(folder, seed, arguments.rounds + 3)
+            samples = swarm(folder, seed, arguments.rounds)
             number, worst = distances(folder, seed)
             together = heldout_loss(weights_of(folder, seed, number, spec).model, heldout)
             total = sum(map(sum, (peer_samples[: number + 1] for peer_samples in samples)))

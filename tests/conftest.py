@@ -148,6 +148,7 @@ class _WebCoordinator(Coordinator):
         self._status = None
         self._checkpoint_round = 0
         self._here = {}
+        self._handed_in = {}
         self._stop = threading.Event()
         self._engine = FakeEngine()
 

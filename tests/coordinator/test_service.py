@@ -9,7 +9,7 @@ import torch
 from kantha.coordinator import service
 from kantha.errors import StorageError
 from kantha.swarm.membership import Membership
-from kantha.swarm.reports import Report, RoundReport
+from kantha.swarm.reports import LEFT, Report, RoundReport
 from kantha.training import Replica
 from kantha.training.checkpoint import list_checkpoints, read_manifest
 
@@ -138,10 +138,17 @@ def test_a_round_counts_with_the_result_that_the_coordinator_has(
     assert coordinator._ledger.samples_by_peer() == {"asha": 20, "mitu": 10 + 10 + 7}
 
 
-def test_samples_that_a_leaver_handed_in_count(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    coordinator._engine.round, coordinator._engine.lineages = 3, {3: "after 3"}
-    collect(coordinator, monkeypatch, {"asha": report(done(2), done(3).copy(update={"lineage": ""}))})
+def test_samples_that_a_leaver_handed_in_count_when_the_others_have_finished_the_round(
+    coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator._engine.round, coordinator._engine.lineages = 2, {2: "after 2"}
+    left = report(done(2), done(3).copy(update={"lineage": ""}), state=LEFT)
+    collect(coordinator, monkeypatch, {"asha": left}, {"asha": left.copy(update={"time": 2.0})})
+    assert coordinator._ledger.samples_by_peer() == {"asha": 10}
+    coordinator._engine.round, coordinator._engine.lineages = 3, {2: "after 2", 3: "after 3"}
+    collect(coordinator, monkeypatch, {"asha": left})
     assert coordinator._ledger.samples_by_peer() == {"asha": 20}
+    assert not coordinator._handed_in
 
 
 def test_nobody_can_have_done_rounds_of_a_far_future(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:

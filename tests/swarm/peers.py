@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 from commands import wait_for
 
+from kantha.swarm.processes import signal_when_parent_dies
+
 PROGRAM = Path(__file__).with_name("peer.py")
 VALUES = 4_000_000  # an all-reduce that takes long enough to be struck in its middle
 NEAR = 2e-3  # relative distance of replicas; a snapshot is fp16
@@ -33,6 +35,7 @@ class Peer:
                 stdout=out,
                 stderr=errors,
                 start_new_session=True,
+                preexec_fn=lambda: signal_when_parent_dies(signal.SIGKILL),
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
         self._skip = len(self.said(everything=True))

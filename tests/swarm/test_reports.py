@@ -11,7 +11,7 @@ from pydantic.v1 import ValidationError
 
 from kantha.swarm import reports
 from kantha.swarm.identity import PeerIdentity
-from kantha.swarm.reports import LEFT, PRESENT, ROUNDS_KEPT, Report, ReportSchema, Roster
+from kantha.swarm.reports import LEFT, PRESENT, ROUNDS_KEPT, UNCONFIRMED, Report, ReportSchema, Roster
 
 ROUND: dict[str, Any] = {
     "round": 3,
@@ -219,6 +219,17 @@ def test_an_old_report_that_the_dht_still_holds_keeps_nobody_here(clock: Clock) 
         roster.update({"a": report(1.0)})
         clock.now += PRESENT / 4
     assert roster.present("trainer") == {}
+
+
+def test_a_report_that_was_there_at_the_first_look_is_believed_for_a_moment(clock: Clock) -> None:
+    """Its peer may be dead: the DHT keeps what it said for minutes."""
+    roster = Roster()
+    roster.update({"a": report(1.0), "b": report(1.0)})
+    clock.now += UNCONFIRMED - 1
+    assert roster.present("trainer").keys() == {"a", "b"}
+    roster.update({"a": report(2.0), "b": report(1.0)})
+    clock.now += 2
+    assert roster.present("trainer").keys() == {"a"}
 
 
 def test_a_peer_that_said_goodbye_is_gone_at_once(clock: Clock) -> None:

@@ -41,8 +41,8 @@ class FakeEngine:
 def load(url: str, coordinator: Coordinator, engine: FakeEngine) -> str:
     folder, said = PeerFolder(coordinator.run.spec.fingerprint, "Asha"), io.StringIO()
     with CoordinatorClient(url) as client:
-        description, spec = client.describe()
-        load_state(client, description, spec, folder, Replica(spec), engine, Console(file=said))  # type: ignore[arg-type]
+        _, spec = client.describe()
+        load_state(client, spec, folder, engine, Console(file=said))  # type: ignore[arg-type]
     return said.getvalue()
 
 

@@ -157,6 +157,28 @@ def export(
 
 
 @app.command()
+def simulate(
+    spec: Annotated[str, typer.Argument(help=f"A run spec, a YAML file, or one of: {', '.join(PRESETS)}.")],
+    group: Annotated[
+        list[str] | None,
+        typer.Option(help="Volunteers, as COUNTxSPEED@MBIT: 20x8@50 are 20 of 8 samples/s on 50 Mbit/s. Repeatable."),
+    ] = None,
+    session_hours: Annotated[float, typer.Option(min=0.1, help="How long a volunteer stays, on average.")] = 4.0,
+    outbound_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of volunteers that nobody can connect to.")
+    ] = 0.5,
+    coordinator_mbit: Annotated[float, typer.Option(min=0.1, help="The coordinator's link, each way.")] = 100.0,
+    hours: Annotated[float, typer.Option(min=0.05, max=240.0, help="Virtual hours to run.")] = 0.25,
+    seed: Annotated[int, typer.Option(min=0, help="Of links' delays, sessions and who can be reached.")] = 0,
+) -> None:
+    """Say what a population of volunteers makes of a run, and from which size on it breaks; nothing is trained."""
+    from kantha.cli.simulate import show_plan
+
+    chosen = PRESETS[spec] if spec in PRESETS else load_spec(Path(spec))
+    show_plan(chosen, group or ["40x8@20"], session_hours, outbound_share, coordinator_mbit, hours, seed, _console)
+
+
+@app.command()
 def demo(
     volunteers: Annotated[int, typer.Option(min=1, max=16, help="How many volunteers take part.")] = 3,
     minutes: Annotated[float, typer.Option(min=0.5, help="How long they train.")] = 5.0,

@@ -7,6 +7,7 @@ keys/run.pem      the run's Ed25519 key, signs membership certificates (owner on
 keys/peer.key     the coordinator's libp2p identity (owner only)
 ledger.sqlite     members, and what each did in each round
 checkpoints/      round-*/, newest last
+swarm/            snapshots for peers that join
 log/              what hivemind says
 """
 

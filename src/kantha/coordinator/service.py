@@ -58,7 +58,8 @@ class Coordinator:
         self._key = run.key()
         self._ledger = Ledger(run.ledger)
         self._here: dict[str, str] = {}  # who was here when we last looked, for what is said
-        self._handed_in: list[tuple[str, RoundReport]] = []  # by leavers, for a round that is not finished yet
+        # by leavers, for a round that is not finished yet; by peer and round, since a report repeats its rounds
+        self._handed_in: dict[tuple[str, int], RoundReport] = {}
         self._status: tuple[float, RunStatus] | None = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -204,9 +205,9 @@ class Coordinator:
                 if not self._enter(partial(self._add_report, peer_id, reports[peer_id])):
                     break
                 pending.discard(peer_id)
-            for peer_id, entry in [each for each in self._handed_in if each[1].round <= self._engine.round]:
-                if self._enter(partial(self._ledger.add_rounds, peer_id, [entry])):
-                    self._handed_in.remove((peer_id, entry))
+            for peer_id, number in [each for each in self._handed_in if each[1] <= self._engine.round]:
+                if self._enter(partial(self._ledger.add_rounds, peer_id, [self._handed_in[peer_id, number]])):
+                    del self._handed_in[peer_id, number]
             self._say_who_is_here({peer: members[peer] for peer in present})
 
     def _present(self) -> dict[str, tuple[Report, float]]:
@@ -223,7 +224,7 @@ class Coordinator:
             if entry.round <= newest and entry.lineage in ("", lineages.get(entry.round, entry.lineage))
         ]
         # what a leaver handed in counts when the others have finished the round
-        self._handed_in += [(peer_id, entry) for entry in rounds if not entry.lineage]
+        self._handed_in |= {(peer_id, entry.round): entry for entry in rounds if not entry.lineage}
         self._ledger.add_rounds(peer_id, [entry for entry in rounds if entry.lineage])
         for failed in report.failed:
             if failed.round <= newest:

@@ -10,7 +10,7 @@ stop. These must hold:
 (b) *No sample is counted twice* or in two rounds, in the history of any replica.
 (c) *Nobody stays behind*: `Bounds.caught_up` after the last fault every peer is within two rounds of the newest.
 (d) *One result a round*: two peers that have the same result of a round, and are alive, unfrozen and connected from
-    `SETTLED` before they had it, never get different results of the next one. Nor has a round two results after a single peer crashed, froze, left or
+    `SETTLED` before they had it, never get different results of the next one from a group. Nor has a round two results after a single peer crashed, froze, left or
     was slow: what one peer reports as counted is not lost with it. Where a fault has made two lineages, or a replica
     drifted, it is over `Bounds.caught_up` after the last fault: every peer's state is in the history of the newest one,
     which has one result for every round.
@@ -26,12 +26,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 from kantha.simulation.network import Host
 from kantha.simulation.peers import CALL, PRESENT, Observer, Result, Rules, SimPeer, World
 from kantha.swarm import groups, rounds
-from kantha.swarm.groups import Group
 from kantha.swarm.rounds import RoundSettings
 
 FIRST = "start"  # the lineage of round 0
@@ -103,8 +103,8 @@ class Watcher(Observer):
         self.failed_rounds = 0
         self.recovery = 0.0  # seconds from the last fault to the first round after it
         self.network_faults = 0  # now
-        self.on_group: list[Callable[[Group], None]] = []
-        self.on_held: list[Callable[[Group], None]] = []
+        self.on_group: list[Callable[[SimPeer], None]] = []  # when a group begins, told its leader
+        self.on_held: list[Callable[[SimPeer], None]] = []  # when a member has every part
         self._faults: list[Fault] = []
         self._first_at: dict[str, float] = {FIRST: 0.0}  # when the first peer was at a lineage
         self._trace = trace
@@ -129,9 +129,9 @@ class Watcher(Observer):
         if self._trace:
             self.timeline.append(f"{self.world.loop.now:8.1f}  {peer:<5} {text()}")
 
-    def group(self, group: Group) -> None:
+    def group(self, peer: SimPeer) -> None:
         for react in self.on_group:
-            react(group)
+            react(peer)
 
     def failed(self, peer: SimPeer, round_number: int, reason: str) -> None:
         self.failed_rounds += 1
@@ -142,9 +142,9 @@ class Watcher(Observer):
         history.faults += faults
         history.undisturbed_since = self.world.loop.now + SETTLED
 
-    def held(self, group: Group) -> None:
+    def held(self, peer: SimPeer) -> None:
         for react in self.on_held:
-            react(group)
+            react(peer)
 
     def fault(self, who: str, *, parts: bool) -> "Fault":
         """:param parts: it parts peers from one another; else it is one peer's own"""
@@ -157,7 +157,7 @@ class Watcher(Observer):
         if peer.rounds.ready:
             history.became[peer.rounds.lineage] = self.world.loop.now
 
-    def finished(self, peer: SimPeer, result: Result | None) -> None:
+    def finished(self, peer: SimPeer, result: Result | None, *, averaged: bool) -> None:
         now, number, lineage = self.world.loop.now, peer.rounds.round, peer.rounds.lineage
         self.note(peer.name, lambda: f"is at round {number} {lineage[:4]}{'' if result is None else f' ({result.group})'}")
         self._histories[peer.key].became.setdefault(lineage, now)
@@ -171,7 +171,8 @@ class Watcher(Observer):
             self.rounds_finished += 1
             self._parents[lineage] = (result.base, number)
             self._count(peer, result)
-        self._check_same_result(peer, result)
+        if averaged:
+            self._check_same_result(peer, result)
 
     # ---- (b)
 
@@ -309,6 +310,7 @@ class Chaos:
             self._start(name, dialable=dialable, state=(0, FIRST) if trainers_have_state else None)
         self._heal: list[Callable[[], None]] = []
         self.faults_until = random.uniform(60.0, 240.0)
+        self._at_results = random.random() < 0.25  # all faults are crashes and freezes at the most delicate moment
         for _ in range(random.choice([0, 1, 1, 2, 3, 5, 8, 12])):
             self._plan_fault()
 
@@ -361,6 +363,9 @@ class Chaos:
 
     def _plan_fault(self) -> None:
         random = self.random
+        if self._at_results:
+            self._plan_fault_at_result(random.choice([self._crash, self._crash, self._freeze]))
+            return
         kind = random.choice(
             ["crash", "crash", "averager", "freeze", "freeze", "cut", "cut", "partition", "loss", "leave", "join", "drift", "slow"]
         )
@@ -370,19 +375,34 @@ class Chaos:
         if trigger == "time":
             self.world.loop.at(when, fault)
             return
-        delay = random.uniform(0.0, random.choice([0.3, 1.0, 5.0, 15.0]))
+        delay = random.uniform(0.0, random.choice([0.3, 1.0, 1.0, 3.0, 15.0]))
         armed = [False]
 
         def arm() -> None:
             armed[0] = True
 
-        def react(group: Group) -> None:
+        def react(peer: SimPeer) -> None:
             if armed[0]:
                 armed[0] = False
-                self.world.loop.at(self.world.loop.now + delay, self._guarded(fault))
+                at_it = partial(fault, peer) if kind in ("crash", "freeze", "cut") and random.random() < 0.6 else fault
+                self.world.loop.at(self.world.loop.now + delay, self._guarded(at_it))
 
         self.world.loop.at(when, arm)
         (self.watcher.on_group if trigger == "group" else self.watcher.on_held).append(react)
+
+    def _plan_fault_at_result(self, fault: Callable[[SimPeer], None]) -> None:
+        """A fault of a member that has just got a group's whole result, as the first or a later one."""
+        random = self.random
+        after, delay = random.uniform(10.0, self.faults_until - 10.0), random.uniform(0.0, 1.5)
+        done = False
+
+        def react(peer: SimPeer) -> None:
+            nonlocal done
+            if not done and self.world.loop.now > after:
+                done = True
+                self.world.loop.at(self.world.loop.now + delay, self._guarded(partial(fault, peer)))
+
+        self.watcher.on_held.append(react)
 
     def _guarded(self, fault: Callable[[], None]) -> Callable[[], None]:
         def act() -> None:
@@ -427,7 +447,7 @@ class Chaos:
 
     def _crash(self, peer: SimPeer | None = None) -> None:
         peer = peer or self._pick("t")
-        if peer is None:
+        if peer is None or not peer.host.alive:
             return
         name = peer.name
         self.watcher.note(name, lambda: "CRASHES")
@@ -449,8 +469,9 @@ class Chaos:
         if (peer := self._pick("a")) is not None:
             self._crash(peer)
 
-    def _freeze(self) -> None:
-        if (peer := self._pick()) is None or peer.host.frozen:
+    def _freeze(self, peer: SimPeer | None = None) -> None:
+        peer = peer or self._pick()
+        if peer is None or peer.host.frozen or not peer.host.alive:
             return
         host = peer.host
 
@@ -463,8 +484,9 @@ class Chaos:
 
         self._for_a_while([peer], "FREEZE", lambda: setattr(host, "frozen", True), thaw)
 
-    def _cut(self) -> None:
-        if (peer := self._pick()) is not None and not peer.host.cut:
+    def _cut(self, peer: SimPeer | None = None) -> None:
+        peer = peer or self._pick()
+        if peer is not None and peer.host.alive and not peer.host.cut:
             host = peer.host
             self._for_a_while(
                 [peer], "LINK CUT", lambda: setattr(host, "cut", True), lambda: setattr(host, "cut", False)
@@ -489,14 +511,15 @@ class Chaos:
         )
 
     def _slow(self) -> None:
-        if (peer := self._pick()) is None:
+        if (peer := self._pick()) is None or peer.host.slow:
             return
-        host, up, down = peer.host, peer.host.up, peer.host.down
+        host = peer.host
 
         def slow(factor: float) -> None:
-            host.up, host.down = up / factor, down / factor
+            host.slow = not host.slow
+            host.up, host.down = host.up * factor, host.down * factor
 
-        self._for_a_while([peer], "SLOW LINK", lambda: slow(10.0), lambda: slow(1.0))
+        self._for_a_while([peer], "SLOW LINK", lambda: slow(0.1), lambda: slow(10.0))
 
     def _drift(self) -> None:
         peer = self._pick()

@@ -86,6 +86,7 @@ class Host:
     alive: bool = True
     frozen: bool = False
     cut: bool = False  # no link
+    slow: bool = False  # its link has a tenth of its speed, for a while
     side: int = 0  # of a partition
     up_free: float = 0.0  # when what is queued on the link has left it
     down_free: float = 0.0

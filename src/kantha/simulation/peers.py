@@ -74,13 +74,13 @@ class Observer:
 
     def note(self, peer: str, text: Callable[[], str]) -> None: ...
 
-    def finished(self, peer: "SimPeer", result: Result | None) -> None: ...
+    def finished(self, peer: "SimPeer", result: Result | None, *, averaged: bool) -> None: ...
 
     def ticked(self, peer: "SimPeer") -> None: ...
 
-    def group(self, group: Group) -> None: ...
+    def group(self, leader: "SimPeer") -> None: ...
 
-    def held(self, group: Group) -> None: ...
+    def held(self, peer: "SimPeer") -> None: ...
 
     def failed(self, peer: "SimPeer", round_number: int, reason: str) -> None: ...
 
@@ -185,7 +185,7 @@ class AllReduce:
         self._parts.add(reducer)
         if len(self._parts) == len(self._reducers):
             self.agreement.hold(self._peer.clock())
-            self._peer.world.observer.held(self.group)
+            self._peer.world.observer.held(self._peer)
             self._peer.note(lambda: f"has all of {self.group.id}: {self.agreement.status.value}")
 
     def _send(self, to: str, size: float, arrived: "Callable[[SimPeer], None]") -> None:
@@ -474,10 +474,13 @@ class SimPeer:
     # ---- what to do
 
     def poll(self) -> None:
-        for action in self.rounds.poll(self.clock()):
-            self._do(action)
+        self._act()
         assert sum(batch.samples for batch in self.waiting) == self.rounds.samples
         assert sum(batch.samples for batch in self.frozen) == self.rounds.frozen_samples
+
+    def _act(self) -> None:
+        for action in self.rounds.poll(self.clock()):
+            self._do(action)
 
     def _do(self, action: rounds.Action) -> None:
         match action:
@@ -571,7 +574,7 @@ class SimPeer:
             outcome = roll.poll(self.clock(), self.world.group_id())
             if isinstance(outcome, Group):
                 self.note(lambda: f"begins {outcome.id} for round {outcome.round}: {[m.peer for m in outcome.members]}")
-                self.world.observer.group(outcome)
+                self.world.observer.group(self)
                 self._tell_invited(outcome)
                 return outcome
             if isinstance(outcome, Dissolved):
@@ -657,17 +660,17 @@ class SimPeer:
     async def _apply(self, round_number: int) -> None:
         await self.world.network.sleep(self.host, APPLY)
         del self.busy["apply"]
-        self._finish(self.results[round_number], contributed=True)
+        self._finish(self.results[round_number], contributed=True, averaged=True)
 
-    def _finish(self, result: Result, contributed: bool) -> None:
-        if contributed:
-            self.frozen = []
-            self._pending.clear()
+    def _finish(self, result: Result, *, contributed: bool, averaged: bool) -> None:
         self.results[result.round] = result
         self.rounds.applied(self.clock(), result.round, result.lineage, contributed=contributed)
-        self._after_round(result)
+        self._act()
+        self.frozen = []
+        self._pending.clear()
+        self._after_round(result, averaged=averaged)
 
-    def _after_round(self, result: Result | None) -> None:
+    def _after_round(self, result: Result | None, *, averaged: bool = False) -> None:
         if result is None:  # another lineage's, maybe
             self.results.clear()
         for old in [number for number in self.results if number <= self.rounds.round - rounds.UPDATES_KEPT]:
@@ -675,7 +678,7 @@ class SimPeer:
         self._set_sketch()
         if self._roll is not None and self._roll.round <= self.rounds.round:
             self._end_roll(Refusal.BEHIND)
-        self.world.observer.finished(self, result)
+        self.world.observer.finished(self, result, averaged=averaged)
         self._publish()
 
     def _set_sketch(self) -> None:
@@ -700,7 +703,7 @@ class SimPeer:
                 if not await network.download(self.host, other.host, self.world.values):
                     break
                 await network.sleep(self.host, APPLY)
-                self._finish(result, contributed=result.group in self._pending)
+                self._finish(result, contributed=result.group in self._pending, averaged=False)
             if self.rounds.round >= action.last:
                 break
         done = self.rounds.round >= action.last

@@ -171,6 +171,7 @@ class Averager(DecentralizedAverager):
         self.waiting_tally, self.frozen_tally = Tally(), Tally()
         self.events, self._events_in = multiprocessing.Pipe(duplex=False)
         self._telling = threading.Lock()  # the pipe takes one message at a time
+        self._tasks: set[asyncio.Task[Any] | None] = set()
         self._folder = folder
         self._timeout, self._patience = averaging_timeout, patience
         self._me = Member(node.peer_id, not node.outbound_only)
@@ -203,7 +204,7 @@ class Averager(DecentralizedAverager):
         """Have the process run one of its commands (`do_…`). Raises `ProcessEndedError` when it is gone."""
         try:
             with self._telling:
-                self._outer_pipe.send((f"do_{method}", list(args), {}))
+                self._outer_pipe.send(("_do", [method, *args], {}))
         except OSError as error:
             raise ProcessEndedError(f"the averager process is gone ({error}); start again") from None
 
@@ -244,6 +245,18 @@ class Averager(DecentralizedAverager):
 
     def _say(self, *event: Any) -> None:
         self._events_in.send(event)
+
+    async def _do(self, method: str, *args: Any) -> None:
+        """Run a command. hivemind forgets its task, and asyncio alone would let it be collected as garbage."""
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            await getattr(self, f"do_{method}")(*args)
+        except Exception as error:  # noqa: BLE001  what a command does not expect ends the program, in the open
+            _log.exception("the averager's command %s failed", method)
+            self._say("crashed", f"{method}: {error!r}")
+        finally:
+            self._tasks.discard(task)
 
     async def do_set_replica(self, round_number: int, lineage: str, ready: bool) -> None:
         self._replica = (round_number, lineage, ready)

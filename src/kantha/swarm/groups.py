@@ -9,8 +9,8 @@ same bytes. So replicas can only part ways where some members count a group's re
 Three rules prevent that:
 
 * a group needs more than half of the peers that are here, so that two groups of one round cannot both form;
-* a result counts for a member when a second one, that can be dialled, holds it whole as well: then a single peer that
-  dies takes no result with it that somebody has counted;
+* a result counts for a member when a second one holds it whole as well: then a single peer that dies takes no result
+  with it that somebody has counted;
 * nobody begins to hold a result after the group's deadline, and nobody gives a group up before that (plus a margin for
   messages under way) unless each of the others has given it up, or a reducer ended before it sent its parts.
 
@@ -174,7 +174,7 @@ class Agreement:
     def hold(self, now: float) -> None:
         """Every part is here."""
         if self.status is Status.RUNNING and now < self.deadline:
-            self.status = Status.COMMITTED if not self._others else Status.HELD
+            self.status = Status.HELD if len(self.group.members) > 1 else Status.COMMITTED
 
     def adopt(self) -> None:
         """The whole result was fetched from a member for which it counts."""
@@ -223,7 +223,7 @@ class Agreement:
         gave_up = [self._answers.get(peer) is Status.ABANDONED for peer in self._others]
         if self.status is Status.RUNNING and not self._stuck and now < self.deadline:
             return
-        if all(gave_up) or (
+        if (gave_up and all(gave_up)) or (
             now >= self.deadline + MARGIN
             and not any(self._answers.get(peer) in (Status.HELD, Status.COMMITTED) for peer in self._others)
         ):

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from pathlib import Path
@@ -35,13 +35,35 @@ _CALL_TIMEOUT = 20.0  # seconds for one look-up or store in the DHT
 _log = logging.getLogger(__name__)
 
 
+def _kept(method: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Coroutine[Any, Any, None]]:
+    """A task of the DHT's process that lives until it is done.
+
+    hivemind forgets the task that a message started when the next message comes, asyncio has weak references only, and
+    a reader of the libp2p daemon's socket is known to nobody but the task that waits for it: such a task was collected
+    as garbage, and whoever asked waited for ever.
+    """
+
+    async def run(self: "_DaemonProcess", *args: Any, **kwargs: Any) -> None:
+        task = asyncio.current_task()
+        self.tasks.add(task)
+        try:
+            await method(self, *args, **kwargs)
+        finally:
+            self.tasks.discard(task)
+
+    return run
+
+
 class _DaemonProcess(DHT):
     """hivemind's DHT process, which takes the libp2p daemon with it whatever happens to the program."""
 
     def run(self) -> None:
         end_with_children_when_parent_dies()
         leave_terminal_group()
+        self.tasks: set[asyncio.Task[Any] | None] = set()
         super().run()
+
+    _get, _store, _run_coroutine = _kept(DHT._get), _kept(DHT._store), _kept(DHT._run_coroutine)
 
 
 class Node:
@@ -106,8 +128,9 @@ class Node:
         return self.identity.peer_id
 
     def addresses(self) -> list[str]:
-        """Multiaddrs under which others can reach this peer."""
-        return [str(address) for address in self.dht.get_visible_maddrs(latest=True)]
+        """Multiaddrs under which others can reach this peer. Raises `SwarmError`."""
+        found = self._call(self.dht.run_coroutine(_visible_addresses, return_future=True))
+        return [str(address) for address in found]
 
     def publish(self, report: Report) -> None:
         """Put this peer's report into the DHT, signed, over the one before. Raises `SwarmError` if nobody stored it."""
@@ -157,6 +180,10 @@ class Node:
             raise SwarmError(f"the swarm did not answer within {_CALL_TIMEOUT:.0f} s") from None
         except Exception as error:  # the DHT's process hands on whatever went wrong there
             raise SwarmError(f"the swarm's DHT failed: {error!r}") from error
+
+
+async def _visible_addresses(_dht: DHT, node: DHTNode) -> Any:
+    return await node.get_visible_maddrs(latest=True)
 
 
 async def _greet(_dht: DHT, node: DHTNode, peers: Sequence[PeerID]) -> None:

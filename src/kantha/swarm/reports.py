@@ -14,6 +14,7 @@ from pydantic.v1 import BaseModel, Field, StrictBool, confloat, conint, constr
 LIFETIME = 300.0  # seconds a report stays in the DHT after its peer fell silent, for the coordinator to collect
 PRESENT = 20.0  # seconds after which a peer that fell silent is no longer counted as here
 RENEWAL = 3.0  # seconds between two reports of a peer
+UNCONFIRMED = 3 * RENEWAL  # as PRESENT, while a peer's report was never seen to change
 ROUNDS_KEPT = 32  # rounds that a report carries
 LEFT = "left"  # the state of a peer that said goodbye
 
@@ -87,16 +88,22 @@ class ReportSchema(BaseModel):
 
 
 class Roster:
-    """Who is in the swarm now, judged by this machine's clock alone: a peer is here while its report keeps changing."""
+    """Who is in the swarm now, judged by this machine's clock alone: a peer is here while its report keeps changing.
+
+    A report that was there already at the first look may be a dead peer's: its peer is believed to be here for a moment.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[Report, float]] = {}
+        self._changed: set[str] = set()  # peers whose report was seen to change
 
     def update(self, reports: Mapping[str, Report]) -> list[str]:
         """Take in what the DHT holds; returns the peers whose report is new."""
         changed = []
         for peer_id, report in reports.items():
             if peer_id not in self._seen or self._seen[peer_id][0].time != report.time:
+                if peer_id in self._seen:
+                    self._changed.add(peer_id)
                 self._seen[peer_id] = (report, time.monotonic())
                 changed.append(peer_id)
         return changed
@@ -107,5 +114,7 @@ class Roster:
         return {
             peer_id: (report, now - seen)
             for peer_id, (report, seen) in list(self._seen.items())
-            if report.role == role and report.state != LEFT and now - seen < PRESENT
+            if report.role == role
+            and report.state != LEFT
+            and now - seen < (PRESENT if peer_id in self._changed else UNCONFIRMED)
         }

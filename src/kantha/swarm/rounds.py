@@ -262,6 +262,8 @@ class Rounds:
         if self.phase is not Phase.AVERAGING:
             return
         self.phase = Phase.COMPUTING
+        if end is End.NO_GROUP:
+            self._suspects.clear()  # of two that suspect each other, none would follow the other
         for peer in culprits:
             self._offences[peer] = self._offences.get(peer, 0) + (end is End.BROKEN)
             self._suspects[peer] = now + min(MOST_SUSPECT, SUSPECT * 2.0 ** max(0, self._offences[peer] - 1))

@@ -489,6 +489,8 @@ class RoundsEngine:
                 self._take_over(*details)
             case "handed_in":
                 self._handed_in(details[0])
+            case "crashed":
+                self._fail(ProcessEndedError(f"the averager process failed ({details[0]}); start again"))
             case "given":
                 peer, samples = details
                 self._given += samples
@@ -577,7 +579,7 @@ class RoundsEngine:
             rows = torch.nn.functional.pad(flat, (0, -flat.numel() % _SKETCH)).view(-1, _SKETCH)
             signs = torch.randint(0, 2, (rows.shape[0], 1), generator=torch.Generator().manual_seed(index)) * 2.0 - 1.0
             sketch += (rows * signs).sum(dim=0)
-        return tuple(float(value) for value in sketch)
+        return tuple(float(value) for value in sketch) if bool(sketch.isfinite().all()) else ()
 
     def _offer_snapshot(self) -> None:
         folder = self._folder / f"snapshot-{self.round}"

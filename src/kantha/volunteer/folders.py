@@ -1,7 +1,8 @@
 """Where a volunteer's files are: one folder a run, below the user's data folder (`KANTHA_HOME` overrides it).
 
 <run>/<name>-<slot>/          one peer of this machine: peer.key (its libp2p identity), volunteer.log
-<run>/<name>-<slot>/snapshot/ the swarm's state as it was when this peer last joined, and the run's tokenizer
+<run>/<name>-<slot>/snapshot/ the run's tokenizer, and the coordinator's checkpoint where no peer gave the state
+<run>/<name>-<slot>/swarm/    snapshots that this peer loads, and makes for others
 """
 
 import os

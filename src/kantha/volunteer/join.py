@@ -102,7 +102,7 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
             device = choose_device()
             session = Session(describe_device(device), engine)
             engine.complete = session.complete
-            load_state(client, description, spec, folder, replica, engine, console)
+            load_state(client, spec, folder, engine, console)
             # peers of one run differ in their keys, so the key seeds a walk through the data that is this peer's own
             stream = ExampleStream(spec, tokenizer, peer_seed=int.from_bytes(identity.peer_id.encode()[-6:]))
             trainer = Trainer(spec, device)
@@ -184,10 +184,8 @@ def fetch_tokenizer(client: CoordinatorClient, description: RunDescription, fold
 
 def load_state(
     client: CoordinatorClient,
-    description: RunDescription,
     spec: RunSpec,
     folder: PeerFolder,
-    replica: Replica,
     engine: RoundsEngine,
     console: Console,
 ) -> None:
@@ -204,6 +202,7 @@ def load_state(
                 break
     if not engine.wait_weights(0.0):
         _say(console, "no peer gives the swarm's state; downloading the coordinator's last checkpoint")
+        description, _ = client.describe()  # the checkpoint of the beginning may be gone by now
         loaded = fetch_replica(client, description, spec, folder, console)
         engine.take_over(loaded.parameters, loaded.optimizer, loaded.round, loaded.lineage)
 

@@ -1,0 +1,51 @@
+"""One real peer: a DHT process and a libp2p daemon."""
+
+import asyncio
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.node import Node
+
+pytestmark = pytest.mark.swarm
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node("0f" * 32, PeerIdentity(tmp_path / "peer.key"))
+    yield node
+    node.close()
+
+
+async def _collect_garbage(dht: Any, _node: object) -> None:
+    """In the DHT's process, again and again."""
+
+    async def collect() -> None:
+        for _ in range(30):
+            gc.collect()
+            await asyncio.sleep(0)
+
+    dht.collecting = asyncio.create_task(collect())
+
+
+async def _nothing(_dht: object, _node: object) -> None:
+    pass
+
+
+def test_an_answer_is_not_collected_as_garbage(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was, now and then: a coordinator hung when it started."""
+    run_coroutine = node.dht.run_coroutine
+
+    def and_another(*args: Any, **kwargs: Any) -> Any:
+        future = run_coroutine(*args, **kwargs)
+        run_coroutine(_nothing, return_future=True)  # from then on hivemind does not know the task any more
+        return future
+
+    monkeypatch.setattr(node.dht, "run_coroutine", and_another)
+    for _ in range(2):
+        run_coroutine(_collect_garbage)
+        assert any(node.peer_id in address for address in node.addresses())
