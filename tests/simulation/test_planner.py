@@ -59,5 +59,5 @@ def test_the_command_shows_a_table_and_says_what_the_run_bears(monkeypatch: pyte
     monkeypatch.setattr(planner, "_MOST_PEERS", 8)
     result = CliRunner().invoke(app, ["simulate", "demo", "--group", "4x8@100", "--hours", "0.05"])
     assert result.exit_code == 0, result.output
-    assert "share of ideal" in result.output
+    assert "MB/h" in result.output
     assert "It bears 8 volunteers" in result.output

@@ -10,10 +10,10 @@ stop. These must hold:
 (b) *No sample is counted twice* or in two rounds, in the history of any replica.
 (c) *Nobody stays behind*: `Bounds.caught_up` after the last fault every peer is within two rounds of the newest.
 (d) *One result a round*: two peers that have the same result of a round, and are alive, unfrozen and connected from
-    `SETTLED` before they had it, never get different results of the next one from a group. Nor has a round two results after a single peer crashed, froze, left or
-    was slow: what one peer reports as counted is not lost with it. Where a fault has made two lineages, or a replica
-    drifted, it is over `Bounds.caught_up` after the last fault: every peer's state is in the history of the newest one,
-    which has one result for every round.
+    `SETTLED` before they had it, never get different results of the next one from a group. Nor has a round two results
+    after a single peer crashed, froze, left or was slow: what one peer reports as counted is not lost with it. Where a
+    fault has made two lineages, or a replica drifted, it is over `Bounds.caught_up` after the last fault: every peer's
+    state is in the history of the newest one, which has one result for every round.
 (e) *Nobody waits without a deadline*: an attempt ends within `Bounds.attempt`, a fetch, push or hand-in within
     `Bounds.transfer` without progress, a leaver is gone within `Bounds.leave`, of time in which its program ran.
 
@@ -21,6 +21,7 @@ The first that does not hold ends the seed: it is printed with its timeline, and
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import sys
 import time
@@ -60,7 +61,13 @@ class Bounds:
         attempt = (rounds.LEADERS + 1) * (CALL + settings.patience + forming) + averaging
         caught_up = 2 * PRESENT + rounds.PUSH_AGAIN + forming + averaging + 2 * state + 2 * settings.target / rate
         return Bounds(
-            round=PRESENT + rounds.SUSPECT + rounds.PUSH_AGAIN + forming + averaging + state + 2 * settings.target / rate,
+            round=PRESENT
+            + rounds.SUSPECT
+            + rounds.PUSH_AGAIN
+            + forming
+            + averaging
+            + state
+            + 2 * settings.target / rate,
             caught_up=caught_up,
             attempt=attempt,
             transfer=60.0 + 2 * state,
@@ -159,7 +166,8 @@ class Watcher(Observer):
 
     def finished(self, peer: SimPeer, result: Result | None, *, averaged: bool) -> None:
         now, number, lineage = self.world.loop.now, peer.rounds.round, peer.rounds.lineage
-        self.note(peer.name, lambda: f"is at round {number} {lineage[:4]}{'' if result is None else f' ({result.group})'}")
+        group = "" if result is None else f" ({result.group})"
+        self.note(peer.name, lambda: f"is at round {number} {lineage[:4]}{group}")
         self._histories[peer.key].became.setdefault(lineage, now)
         self._first_at.setdefault(lineage, now)
         if result is None:
@@ -220,7 +228,8 @@ class Watcher(Observer):
 
     def _undisturbed(self, key: str, since: str) -> bool:
         history = self._histories[key]
-        return not history.faults and not self.network_faults and history.undisturbed_since <= history.became.get(since, -1.0)
+        quiet = not history.faults and not self.network_faults
+        return quiet and history.undisturbed_since <= history.became.get(since, -1.0)
 
     # ---- (e)
 
@@ -260,11 +269,11 @@ class Watcher(Observer):
                 continue
             own = peer.rounds
             if not own.ready or own.round < newest.rounds.round - 2:
-                self._violated("c", f"{peer.name} is {own.phase.value} at {own.round}, {newest.name} at {newest.rounds.round}")
+                at = f"{peer.name} is {own.phase.value} at {own.round}"
+                self._violated("c", f"{at}, {newest.name} at {newest.rounds.round}")
             if history.get(own.round) != own.lineage:
-                self._violated(
-                    "d", f"{peer.name} has {own.lineage[:4]} for round {own.round}, {newest.name} {history.get(own.round)}"
-                )
+                has = f"{peer.name} has {own.lineage[:4]} for round {own.round}"
+                self._violated("d", f"{has}, {newest.name} {history.get(own.round)}")
             if abs(peer.drift - newest.drift) > 2 * rounds.DRIFT:
                 self._violated("d", f"{peer.name}'s replica is {peer.drift:.3f} off, and nobody repairs it")
 
@@ -283,7 +292,9 @@ class Chaos:
     def __init__(self, seed: int, rules: Rules, trace: bool = False) -> None:
         self.random = random = Random(seed)
         self.watcher = Watcher(trace)
-        averagers, trainers = random.choice([(0, 2), (0, 4), (1, 1), (1, 2), (1, 3), (1, 3), (1, 7), (2, 2), (2, 3), (2, 6)])
+        averagers, trainers = random.choice(
+            [(0, 2), (0, 4), (1, 1), (1, 2), (1, 3), (1, 3), (1, 7), (2, 2), (2, 3), (2, 6)]
+        )
         outbound_share = random.choice([0.0, 0.0, 0.3, 0.7, 1.0])
         speeds = [random.choice([1.0, 2.0, 4.0, 8.0]) for _ in range(trainers)]
         target = int(random.uniform(8.0, 25.0) * sum(speeds))
@@ -346,9 +357,8 @@ class Chaos:
         )
         self.world.peers[name] = peer
         self.watcher.started(peer)
-        self.watcher.note(
-            name, lambda: f"starts {'with round %d' % state[0] if state else 'without a state'}{'' if dialable else ', outbound-only'}"
-        )
+        begins = f"with round {state[0]}" if state else "without a state"
+        self.watcher.note(name, lambda: f"starts {begins}{'' if dialable else ', outbound-only'}")
         peer.start()
         return peer
 
@@ -367,7 +377,10 @@ class Chaos:
             self._plan_fault_at_result(random.choice([self._crash, self._crash, self._freeze]))
             return
         kind = random.choice(
-            ["crash", "crash", "averager", "freeze", "freeze", "cut", "cut", "partition", "loss", "leave", "join", "drift", "slow"]
+            [
+                *["crash", "crash", "averager", "freeze", "freeze", "cut", "cut", "partition", "loss", "leave", "join"],
+                *["drift", "slow"],
+            ]
         )
         when = random.uniform(10.0, self.faults_until - 10.0)
         fault = getattr(self, f"_{kind}")
@@ -591,18 +604,14 @@ def run_seed(seed: int, rules: Rules | None = None) -> Outcome:
     except Violation as found:
         violation = str(found)
     watcher = chaos.watcher
-    return Outcome(
-        seed, violation, watcher.rounds_finished, watcher.forks, watcher.failed_rounds, chaos.world.loop.now
-    )
+    return Outcome(seed, violation, watcher.rounds_finished, watcher.forks, watcher.failed_rounds, chaos.world.loop.now)
 
 
 def timeline(seed: int, rules: Rules | None = None) -> list[str]:
     """What happened in one seed, a line each."""
     chaos = Chaos(seed, rules or Rules(), trace=True)
-    try:
+    with contextlib.suppress(Violation):
         chaos.run()
-    except Violation:
-        pass
     return chaos.watcher.timeline
 
 

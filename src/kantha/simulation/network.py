@@ -138,7 +138,9 @@ class Network:
         self.loop.at(self.loop.now + seconds, lambda: either.set(None), host)
         return either
 
-    def call(self, source: Host, target: Host | None, answer: Callable[[], T], timeout: float = 5.0) -> Future[T | None]:
+    def call(
+        self, source: Host, target: Host | None, answer: Callable[[], T], timeout: float = 5.0
+    ) -> Future[T | None]:
         """Ask `target`, which runs `answer`; None: the call failed, and nobody knows whether `answer` has run."""
         reply: Future[T | None] = Future()
         now = self.loop.now
@@ -183,7 +185,8 @@ class Network:
 
         def sent() -> None:
             source.sent += size
-            self._deliver(source, target, received, max(arrived, self.loop.now), patience=15.0, failed=lambda: end(False))
+            when = max(arrived, self.loop.now)
+            self._deliver(source, target, received, when, patience=15.0, failed=lambda: end(False))
 
         def received() -> None:
             target.received += size

@@ -23,7 +23,7 @@ QUESTION = 2.0  # seconds that a question for another member's status may take
 SENDER_SILENT = 10.0  # seconds without bytes from a sender after which a reducer gives its part up
 REDUCER_SILENT = 15.0  # seconds without bytes from a reducer after which a member stops waiting
 APPLY = 0.3  # seconds to apply a result
-SNAPSHOT_WEIGHTS, SNAPSHOT_REST = 2.0, 3.0  # bytes a value
+SNAPSHOT_WEIGHTS, SNAPSHOT_REST = 2.0, 4.0  # bytes a value
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ class Observer:
 class World:
     """A swarm: its peers by name, its network, and what stands in its DHT."""
 
-    def __init__(self, settings: RoundSettings, values: float, random: Random, rules: Rules, observer: Observer) -> None:
+    def __init__(
+        self, settings: RoundSettings, values: float, random: Random, rules: Rules, observer: Observer
+    ) -> None:
         """:param values: of the replica; a gradient takes a byte a value on the wire"""
         self.settings = settings
         self.values = values
@@ -250,7 +252,7 @@ class AllReduce:
             if not await self._network.download(self._peer.host, other.host, missing):
                 continue
             status = await self._network.call(
-                self._peer.host, other.host, lambda other=other: other.on_question(self.group.id, Status.RUNNING)
+                self._peer.host, other.host, partial(other.on_question, self.group.id, Status.RUNNING)
             )
             if status is Status.COMMITTED:
                 self.agreement.adopt()
@@ -339,7 +341,9 @@ class SimPeer:
 
     # ---- what others ask; each runs at this peer
 
-    def on_join(self, other: "SimPeer", round_number: int, lineage: str, invitation: Invitation) -> Refusal | str | None:
+    def on_join(
+        self, other: "SimPeer", round_number: int, lineage: str, invitation: Invitation
+    ) -> Refusal | str | None:
         """None: it is in; str: the leader that this peer follows."""
         if not self.rounds.ready or round_number > self.rounds.round + 1:
             return Refusal.NOT_YET
@@ -458,9 +462,8 @@ class SimPeer:
                     continue
                 if report is None:
                     self._known.pop(name, None)
-                elif name not in self._known or self._known[name][0] != written:
-                    if true_now - written < PRESENT:
-                        self._known[name] = (written, report, now)
+                elif (name not in self._known or self._known[name][0] != written) and true_now - written < PRESENT:
+                    self._known[name] = (written, report, now)
         views = {}
         for name, (_, said, since) in list(self._known.items()):
             if now - since >= PRESENT:
@@ -595,7 +598,7 @@ class SimPeer:
             answer = await network.call(
                 self.host,
                 other.host,
-                lambda other=other, invitation=invitation: (
+                lambda other=other, invitation=invitation: (  # type: ignore[misc]
                     other.on_join(self, action.round, action.lineage, invitation),
                 ),
                 CALL,
@@ -627,7 +630,9 @@ class SimPeer:
         for other, invitation in self._invited.values():
             said = Refusal.OVER if members and other.name not in members else outcome  # it was left out
             self.world.network.tell(
-                self.host, other.host, lambda o=other, i=invitation, s=said: o.on_invitation(i, s)  # type: ignore[misc]
+                self.host,
+                other.host,
+                lambda o=other, i=invitation, s=said: o.on_invitation(i, s),  # type: ignore[misc]
             )
         self._invited.clear()
 
@@ -696,7 +701,7 @@ class SimPeer:
             other = self.world.peers.get(source)
             while other is not None and self.rounds.round < action.last:
                 wanted = self.rounds.round + 1
-                answer = await network.call(self.host, other.host, lambda: (other.results.get(wanted),), CALL)  # noqa: B023
+                answer = await network.call(self.host, other.host, lambda: (other.results.get(wanted),), CALL)
                 result = answer[0] if answer is not None else None
                 if result is None or result.base != self.rounds.lineage:
                     break
@@ -717,7 +722,7 @@ class SimPeer:
             other = self.world.peers.get(source)
             if other is None:
                 continue
-            state = await network.call(self.host, other.host, lambda other=other: other.state(), CALL)
+            state = await network.call(self.host, other.host, other.state, CALL)
             if state is None or not await network.download(self.host, other.host, SNAPSHOT_WEIGHTS * values):
                 continue
             round_number, lineage, drift = state

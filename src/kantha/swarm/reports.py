@@ -90,7 +90,7 @@ class ReportSchema(BaseModel):
 class Roster:
     """Who is in the swarm now, judged by this machine's clock alone: a peer is here while its report keeps changing.
 
-    A report that was there already at the first look may be a dead peer's: its peer is believed to be here for a moment.
+    A report that was there already at the first look may be a dead peer's: it is believed for a moment only.
     """
 
     def __init__(self) -> None:

@@ -523,7 +523,7 @@ class Rounds:
         return [peer for peer, sketch in sketches.items() if distance(sketch, sketches[right]) <= DRIFT]
 
     def _poll_push(self, now: float) -> Push | None:
-        """A peer that is behind can only fetch from one that can be dialled; where there is none, it is sent the state."""
+        """A peer that is behind can only fetch from one that can be dialled; where none can, it is sent the state."""
         if self.me.dialable or self._pushing or now < self._push_after:
             return None
         views = self._ready_peers()

@@ -26,7 +26,7 @@ from kantha.spec import SwarmSpec
 from kantha.swarm.averager import Averager, UpdateHeader
 from kantha.swarm.groups import Member
 from kantha.swarm.node import Node
-from kantha.swarm.parts import CodecError, Layout
+from kantha.swarm.parts import Layout
 from kantha.swarm.reports import LEFT, PRESENT, RENEWAL, FailedRound, Report, Roster
 from kantha.swarm.rounds import (
     LEAVE,
@@ -590,7 +590,7 @@ class RoundsEngine:
                 manifest = write_snapshot(
                     folder, self.round, self.lineage, self._groups, self._parameters, self._moments()
                 )
-        except (OSError, SwarmError, CodecError) as error:
+        except (OSError, SwarmError) as error:
             _log.warning("no snapshot could be written: %s", error)
             self._averager.tell("offer_snapshot", folder, None)
             return
