@@ -6,6 +6,7 @@ gradient of an embedding, it loses half of the norm, and this one 1 %.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -85,7 +86,8 @@ def encode(values: torch.Tensor, part: Part) -> tuple[bytes, torch.Tensor]:
         encoded = values.numpy().tobytes()
     decoded = decode(encoded, part)
     lost, norm = float((decoded - values).norm()), float(values.norm())
-    if not lost <= 0.1 * norm + 1e-6 * part.values**0.5:  # the second: what fp16 rounds to zero
+    # the second term is what fp16 rounds to zero; a norm that is not finite is no norm
+    if not (math.isfinite(norm) and lost <= 0.1 * norm + 1e-6 * part.values**0.5):
         raise CodecError(f"encoding in {part.codec} lost {lost:g} of a norm of {norm:g}")
     return encoded, decoded
 
