@@ -7,6 +7,7 @@ signal to a child when its parent dies (`prctl(2)`, PR_SET_PDEATHSIG).
 
 import ctypes
 import functools
+import gc
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ def prepare_forks() -> None:
 
 
 def _after_fork() -> None:
+    gc.freeze()  # what came from the parent is the parent's; to look through it takes a second each time
     signal_when_parent_dies(signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the program's own handler is for the program
     # PyTorch rebuilds its thread pool at the first use after a fork, and two threads that are first at once crash
