@@ -93,14 +93,24 @@ def test_a_result_counts_when_a_second_one_holds_it() -> None:
     assert agreed.questions(1.0) == ["b"]
     agreed.answered("b", Status.RUNNING)
     assert agreed.status is Status.HELD
-    agreed.answered("b", Status.HELD)
+    agreed.answered("b", Status.COMMITTED)
     assert agreed.status is Status.COMMITTED
 
 
 def test_the_one_that_is_asked_by_a_holder_counts_it_too() -> None:
     asked = agreement(member("b"))
     asked.hold(1.0)
-    assert asked.asked(Status.HELD) is Status.COMMITTED
+    assert asked.asked(Status.HELD, 2.0) is Status.COMMITTED
+
+
+def test_a_question_that_waited_while_this_peer_was_frozen_does_not_count() -> None:
+    thawed = agreement(member("b"))
+    thawed.hold(1.0)
+    late = 100.0 + MARGIN / 2
+    assert thawed.asked(Status.HELD, late) is Status.HELD  # who asked has given it up since
+    thawed.answered("b", Status.HELD)  # as old
+    assert thawed.status is Status.HELD
+    assert thawed.asked(Status.COMMITTED, late) is Status.COMMITTED  # that is never taken back
 
 
 def test_where_nobody_else_can_be_dialled_it_counts_when_somebody_asks() -> None:
@@ -108,7 +118,7 @@ def test_where_nobody_else_can_be_dialled_it_counts_when_somebody_asks() -> None
     agreed.hold(1.0)
     assert agreed.status is Status.HELD
     assert agreed.questions(1.0) == []
-    assert agreed.asked(Status.HELD) is Status.COMMITTED
+    assert agreed.asked(Status.HELD, 2.0) is Status.COMMITTED
 
 
 def test_a_group_of_one_counts_its_result_at_once() -> None:
@@ -161,6 +171,14 @@ def test_it_is_given_up_when_all_others_have_or_nobody_answers_long_after_the_de
     assert silent.status is Status.HELD
     silent.poll(100.0 + MARGIN)
     assert silent.status is Status.ABANDONED
+
+    uncounted = agreement(member("b"))
+    uncounted.hold(1.0)
+    uncounted.answered("b", Status.HELD)
+    uncounted.poll(100.0 + MARGIN)
+    assert uncounted.status is Status.HELD
+    uncounted.poll(100.0 + 2 * MARGIN)
+    assert uncounted.status is Status.ABANDONED
 
 
 @pytest.mark.parametrize("status", [Status.ABANDONED, Status.BROKEN, Status.COMMITTED])

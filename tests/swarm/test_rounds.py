@@ -7,6 +7,7 @@ from kantha.swarm.rounds import (
     FORK,
     LEAVE,
     LOST,
+    REPAIR,
     SUSPECT,
     UPDATES_KEPT,
     Action,
@@ -230,6 +231,35 @@ def test_a_replica_that_drifted_is_repaired_and_the_others_are_not() -> None:
     assert isinstance(only(drifted.poll(1.0)), FetchSnapshot)
     sound.seen(1.0, {"a": view(sketch=bad), "b": view(sketch=good)})
     assert sound.poll(1.0) == []
+
+
+def test_where_rounds_are_short_replicas_are_compared_while_they_average() -> None:
+    good, bad = (1.0, 2.0, 3.0), (1.0, 2.0, 3.1)
+    drifted = averaging(a=view(samples=60), b=view())
+    drifted.sketch = bad
+    drifted.seen(1.0, {"a": view(sketch=good), "b": view(sketch=good)})
+    drifted.attempt_ended(2.0, End.COMMITTED)
+    assert only(drifted.poll(2.0)) == Apply(5)
+    drifted.applied(3.0, 5, "y", contributed=True)
+    drifted.computed(200, 1.0)
+    assert drifted.poll(3.0) == []  # not another averaging: the others have not yet said that they are as far
+    drifted.seen(4.0, {"a": view(5, "y"), "b": view()})
+    assert only(drifted.poll(4.0)) == FetchSnapshot(5, ("a",))
+
+    nobody = averaging(a=view(samples=60), b=view())
+    nobody.sketch = bad
+    nobody.seen(1.0, {"a": view(sketch=good), "b": view(sketch=good)})
+    nobody.attempt_ended(2.0, End.BROKEN)
+    nobody.seen(3.0, {})
+    nobody.computed(200, 1.0)
+    assert nobody.poll(3.0) == []
+    nobody.seen(1.0 + REPAIR, {})
+    assert isinstance(only(nobody.poll(1.0 + REPAIR)), Attempt)  # it does not wait for ever
+
+
+def test_who_still_loads_does_not_bring_the_target_nearer() -> None:
+    rounds = peer(trains=False, a=view(samples=500, ready=False))
+    assert rounds.poll(0.0) == []  # a group of this averager alone would have nothing to average
 
 
 def test_one_that_cannot_be_dialled_sends_the_state_to_an_averager_that_cannot_fetch_it() -> None:

@@ -186,6 +186,8 @@ class Watcher(Observer):
 
     def _count(self, peer: SimPeer, result: Result) -> None:
         batches = [(batch.peer, batch.number) for batch in result.batches]
+        if not batches:
+            self._violated("b", f"{result.group} counts as round {result.round}, and has no sample")
         if len(set(batches)) < len(batches):
             self._violated("b", f"{result.group} has a sample twice: {_twice(batches)}")
         self._batches[result.lineage] = frozenset(batches)

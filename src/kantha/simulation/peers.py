@@ -177,6 +177,9 @@ class AllReduce:
         self._shares.add(sender)
         if len(self._shares) < len(self.group.members) or self.reduced:
             return
+        if not self._peer.world.result(self.group).batches:
+            self._stick(self._peer.name, unfinished=True)  # nobody in the group has samples
+            return
         self.reduced = True
         for member in self._others:
             self._send(member, self._size, lambda other: other.on_part(self.group.id, self._peer.name))
@@ -235,7 +238,8 @@ class AllReduce:
     def _stick(self, culprit: str, unfinished: bool) -> None:
         self._peer.note(lambda: f"{self.group.id} stuck on {culprit}{', its part unfinished' if unfinished else ''}")
         self._stuck = True
-        self.culprits.append(culprit)
+        if culprit != self._peer.name:
+            self.culprits.append(culprit)
         self.agreement.stick(unfinished=unfinished)
 
     async def _ask(self, name: str) -> None:
@@ -386,7 +390,7 @@ class SimPeer:
         if group not in self.runs:
             self._refused.add(group)
             return Status.ABANDONED
-        return self.runs[group].agreement.asked(status)
+        return self.runs[group].agreement.asked(status, self.clock())
 
     def has_given_up(self, group: str) -> bool:
         return group in self._refused or (group in self.runs and self.runs[group].given_up)

@@ -246,7 +246,7 @@ class AllReduce:
         self.weights[sender] = weight
         if len(self.weights) == len(self.group.members):
             if sum(self.weights.values()) <= 0:
-                self.fail(AllReduceError(sender, "nobody has samples"))
+                self.fail(AllReduceError(self._me, "nobody in the group has samples"))
                 return
             self._all_here.set()
             for index in self._mine:

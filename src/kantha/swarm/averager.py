@@ -656,7 +656,7 @@ class Averager(DecentralizedAverager):
             return _message(_Question(group=said.group, status=Status.ABANDONED))
         if str(context.remote_id) not in {member.peer for member in running.agreement.group.members}:
             raise SwarmError("not a member")
-        status = running.agreement.asked(self._believed(running, said))
+        status = running.agreement.asked(self._believed(running, said), time.monotonic())
         return _message(_Question(group=said.group, status=status, digest=running.digest))
 
     async def _repair(self, running: _Running) -> None:

@@ -190,18 +190,29 @@ class Agreement:
         if unfinished and self.status is Status.RUNNING:
             self.status = Status.BROKEN
 
-    def asked(self, status: Status) -> Status:
+    def asked(self, status: Status, now: float) -> Status:
         """Another member tells its status and asks for this one's."""
-        self._learn(status)
+        # a question that waited while this member was frozen says nothing: who asked has given the result up since
+        in_time = now < self.deadline + MARGIN / 2
+        if self.status is Status.HELD and (status is Status.COMMITTED or (status is Status.HELD and in_time)):
+            self.status = Status.COMMITTED
+        elif self.status is Status.RUNNING and status is Status.BROKEN:
+            self.status = Status.BROKEN
         return self.status
 
     def answered(self, peer: str, status: Status | None) -> None:
-        """What `peer` answered; None: it did not."""
+        """What `peer` answered; None: it did not.
+
+        Who is asked by a holder counts the result before it answers. So only that answer counts: one of a mere holder
+        is from before the asker held it too, or came too late.
+        """
         self._answers[peer] = status
         if status in (Status.HELD, Status.COMMITTED) and self.status is Status.RUNNING and peer not in self.helpers:
             self.helpers.append(peer)
-        if status is not None:
-            self._learn(status)
+        if self.status is Status.HELD and status is Status.COMMITTED:
+            self.status = Status.COMMITTED
+        elif self.status is Status.RUNNING and status is Status.BROKEN:
+            self.status = Status.BROKEN
 
     def questions(self, now: float) -> list[str]:
         """Members to ask now: for a result that is not here, or for a second holder of one that is."""
@@ -228,11 +239,5 @@ class Agreement:
             and not any(self._answers.get(peer) in (Status.HELD, Status.COMMITTED) for peer in self._others)
         ):
             self.status = Status.ABANDONED
-        elif now >= self.deadline + 2 * MARGIN and self.status is Status.RUNNING:
+        elif now >= self.deadline + 2 * MARGIN:
             self.status = Status.ABANDONED  # somebody holds it, and it cannot be fetched: the round is fetched later
-
-    def _learn(self, status: Status) -> None:
-        if status is Status.BROKEN and self.status is Status.RUNNING:
-            self.status = Status.BROKEN
-        elif self.status is Status.HELD and status in (Status.HELD, Status.COMMITTED):
-            self.status = Status.COMMITTED

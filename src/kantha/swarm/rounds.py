@@ -36,6 +36,7 @@ FETCH_AGAIN = 2.0  # seconds between two attempts to fetch
 LOST = 120.0  # seconds without anybody's state after which a trainer gives up
 FORK = 6.0  # seconds that peers of another lineage must be seen before this one goes over to them
 DRIFT = 2e-3  # relative distance from the others at which a replica is repaired
+REPAIR = 10.0  # seconds that such a replica waits for peers to load from, without averaging
 JURY = 9  # replicas that are compared to tell which one is right
 PUSH_AFTER = 6.0  # seconds that a peer nobody can serve must be behind, before an outbound-only one sends it the state
 PUSH_AGAIN = 30.0
@@ -216,6 +217,7 @@ class Rounds:
         self._searching_since = now
         self._updates_failed = False
         self._other_since: tuple[str, float] | None = None
+        self._repair_from: tuple[frozenset[str], float] | None = None  # peers that this replica drifted from, and when
         self._behind_since: dict[str, float] = {}
         self._push_after = now
         self._pushing = False
@@ -241,6 +243,9 @@ class Rounds:
         self._behind_since = {peer: since for peer, since in self._behind_since.items() if peer in peers}
         if not self._updates_failed and self._fork(now):
             self._updates_failed = True  # the state must come from a snapshot
+        # replicas are compared while they average, too: where rounds are short, reports of one round meet only then
+        if self.ready and not self._pending_apply and (right := self._not_drifted()) is not None:
+            self._repair_from = frozenset(right), now
 
     def called(self) -> None:
         """Another peer waits for this one to lead a group."""
@@ -347,9 +352,12 @@ class Rounds:
             return actions
         if self.phase is Phase.CATCHING_UP:
             self.phase = Phase.COMPUTING
-        if self._drifted():
-            self._updates_failed = True
-            actions += self._poll_fetch(now, newest)
+        if self._repair_from is not None and now - self._repair_from[1] >= REPAIR:
+            self._repair_from = None  # the next look at the others tells whether it is still needed
+        if self._repair_from is not None:  # no attempt, until one of those peers has said that it is as far as this one
+            if any(view.round >= self.round for peer, view in self._peers.items() if peer in self._repair_from[0]):
+                self._updates_failed = True
+                actions += self._poll_fetch(now, newest)
         elif (attempt := self._poll_attempt(now)) is not None:
             self.phase = Phase.AVERAGING
             actions.append(attempt)
@@ -362,7 +370,8 @@ class Rounds:
         """(samples that wait in the whole swarm, samples a second), as far as this peer can tell."""
         samples, rate = float(self.samples + self.frozen_samples), self._rate
         for view in self._peers.values():
-            if view.round == self.round and view.lineage == self.lineage:
+            # who is still loading computes already, and brings it into a group when its state is whole
+            if view.ready and view.round == self.round and view.lineage == self.lineage:
                 samples += view.samples + view.rate * (view.age + now - self._seen_at)
             if view.role == "trainer":
                 rate += view.rate
@@ -388,6 +397,7 @@ class Rounds:
             self.samples = self.frozen_samples = 0
             self._queue.append(Drop())
         self._updates_failed = False
+        self._repair_from = None
         self._become(now, round_number, lineage)
 
     def _thaw(self) -> None:
@@ -455,8 +465,8 @@ class Rounds:
         )
         if self._updates_failed and self.ready and newest == self.round:
             sources = self._winners(sources)
-            if (right := self._repair_from()) is not None:
-                sources = [peer for peer in sources if peer in right]
+            if self._repair_from is not None:
+                sources = [peer for peer in sources if peer in self._repair_from[0]]
         if not sources:
             if self._trains and now - self._searching_since > LOST:
                 return [Lost(f"no peer gave the swarm's state within {LOST:.0f} s")]
@@ -494,12 +504,9 @@ class Rounds:
         best = max(support, key=lambda lineage: (support[lineage], lineage))
         return [peer for peer in sources if self._peers[peer].lineage == best]
 
-    def _drifted(self) -> bool:
-        """Whether this replica is far from what most have, though all results it applied are theirs."""
-        return self._repair_from() is not None
-
-    def _repair_from(self) -> list[str] | None:
-        """Peers to load the state from because this replica is far from it; None: it is not.
+    def _not_drifted(self) -> list[str] | None:
+        """Peers to load the state from because this replica is far from it, though all results that it applied are
+        theirs; None: it is not.
 
         Only replicas that can be loaded are compared. The one that is nearest to all the others is the right one.
         """
