@@ -38,9 +38,11 @@ _SPACE_BEFORE_DANDA = re.compile(" +(?=[।॥])")
 _BEFORE_VISARGA = unicodedata.normalize("NFKC", "দু|নি|অন্ত|আন্ত|পুন|প্রাত|বহি|অধ|স্বত|চতু|মন|শির|বয়")
 _VISARGA_TYPED_AS_COLON = re.compile(f"(?<![\u0980-\u09ff\u200c\u200d])({_BEFORE_VISARGA}):(?={_CONSONANT})")
 
-# Besides the Bengali and Latin ones, the full stops of Chinese and Japanese, and of Arabic and Urdu.
+# Besides the Bengali and Latin ones, the full stops of Chinese and Japanese, and of Arabic and Urdu. The pattern begins
+# with a plain set of characters, which `re` searches for fast.
 _TERMINATOR = re.compile(
-    r"""(?:[।॥。؟۔]|[?!](?![A-Za-z0-9])|\.(?=[.?!"')\]}”’»]*(?:\s|$)))[।॥?!.]*(?:[)\]}”’»]|["'](?!\w))*"""
+    r"""[।॥。؟۔?!.](?:(?<=[।॥。؟۔])|(?<=[?!])(?![A-Za-z0-9])|(?<=\.)(?=[.?!"')\]}”’»]*(?:\s|$)))"""
+    r"""[।॥?!.]*(?:[)\]}”’»]|["'](?!\w))*"""
 )
 _WORD_BEFORE_STOP = re.compile(r"[^\s.]{2}$")
 _SYLLABLE = (
@@ -82,8 +84,9 @@ def _bengali_punctuation(text: str) -> str:
     if "|" in text:
         text = _PIPE.sub(lambda match: "।" * len(match[1]), text)
     text = _TWO_DANDAS.sub("॥", _DANDA_LOOKALIKE.sub("।", text))
-    text = _SPACE_BEFORE_DANDA.sub("", text)
-    return _VISARGA_TYPED_AS_COLON.sub("\\1ঃ", text)
+    if " ।" in text or " ॥" in text:
+        text = _SPACE_BEFORE_DANDA.sub("", text)
+    return _VISARGA_TYPED_AS_COLON.sub("\\1ঃ", text) if ":" in text else text
 
 
 def split_sentences(text: str, language: str) -> list[str]:
@@ -98,10 +101,11 @@ def split_sentences(text: str, language: str) -> list[str]:
     for line in text.split("\n"):
         start = 0
         for match in _TERMINATOR.finditer(line):
-            before = line[max(start, match.start() - _LONGEST_LOOK_BACK) : match.start()]
-            if match[0].startswith(".") and not word_before_stop.search(before):
+            at, end = match.span()
+            if line[at] == "." and not word_before_stop.search(line[max(start, at - _LONGEST_LOOK_BACK) : at]):
                 continue
-            sentences.append(line[start : match.end()].strip())
-            start = match.end()
-        sentences.append(line[start:].strip())
-    return [sentence for sentence in sentences if any(map(str.isalnum, sentence))]
+            sentences.append(line[start:end].strip())
+            start = end
+        if start < len(line):
+            sentences.append(line[start:].strip())
+    return [sentence for sentence in sentences if sentence[:1].isalnum() or any(map(str.isalnum, sentence))]

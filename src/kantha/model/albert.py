@@ -64,6 +64,8 @@ def pretraining_losses(model: AlbertForPreTraining, batch: Batch) -> Losses:
     )
     hidden_BLH = body.last_hidden_state
     masked_MH = hidden_BLH.flatten(0, 1)[batch.masked_positions]
-    mlm = F.cross_entropy(model.predictions(masked_MH).float(), batch.masked_labels)
+    # the mean, and 0 where nothing is masked, which happens in small batches of short text
+    mlm = F.cross_entropy(model.predictions(masked_MH).float(), batch.masked_labels, reduction="sum")
+    mlm = mlm / max(1, len(batch.masked_labels))
     sop = F.cross_entropy(model.sop_classifier(body.pooler_output).float(), batch.swapped)
     return Losses(mlm, sop)

@@ -99,6 +99,22 @@ class HuggingFaceSource(_Part):
 Source = Annotated[ShobdoSource | FileSource | HuggingFaceSource, Field(discriminator="kind")]
 
 
+class FilterSpec(_Part):
+    """Which documents are left out. `kantha corpus inspect` tells how many each rule drops."""
+
+    least_letters: int = Field(0, ge=0, description="Shorter documents are left out.")
+    script_share: float = Field(
+        0.0, ge=0, le=1, description="Least share of a document's letters that are of the language's script."
+    )
+    repeated_lines: float = Field(
+        1.0, ge=0, le=1, description="Largest share of a document's text that may be in lines it has had before."
+    )
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        "keep",
+        description="What a volunteer has seen before is left out: the same text, or text of mostly the same words.",
+    )
+
+
 class DataSpec(_Part):
     """The text and how examples are cut from it."""
 
@@ -107,15 +123,20 @@ class DataSpec(_Part):
     heldout_share: float = Field(
         0.01, gt=0, lt=0.5, description="Share of the documents kept for measuring, chosen by each document's hash."
     )
-    shuffle_buffer: int = Field(
-        10_000, ge=1, description="Documents of a streamed source that a peer holds back to shuffle them."
-    )
+    shuffle_buffer: int = Field(10_000, ge=1, description="Documents that a peer holds back to shuffle them.")
+    filters: FilterSpec = Field(FilterSpec(), description="Which documents are left out.")
+
+
+Masking = Literal["token", "word", "ngram"]
 
 
 class ObjectiveSpec(_Part):
     """Masked tokens and sentence order (Lan et al. 2020, sections 3.1 and 4.6)."""
 
     masked_share: float = Field(0.15, gt=0, lt=1, description="Share of the tokens that the model has to guess.")
+    masking: Masking = Field(
+        "ngram", description="What is masked: single tokens, whole words, or runs of one to three words."
+    )
     swapped_share: float = Field(0.5, ge=0, le=1, description="Share of the sentence pairs given in the wrong order.")
 
 
