@@ -4,8 +4,9 @@ import os
 import random
 import shutil
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastapi import FastAPI
 from peers import Start, starting
 from tokenizers import Tokenizer
 
+from kantha.cli import main as command_line
 from kantha.coordinator.app import build_app
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
@@ -117,6 +119,21 @@ def identity(tmp_path_factory: pytest.TempPathFactory) -> PeerIdentity:
 @pytest.fixture(scope="session")
 def other_identity(tmp_path_factory: pytest.TempPathFactory) -> PeerIdentity:
     return PeerIdentity(tmp_path_factory.mktemp("identity") / "peer.key")
+
+
+@pytest.fixture
+def kantha(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the entry point of the `kantha` command; returns exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kantha", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            command_line.main()
+        captured = capsys.readouterr()
+        code = exited.value.code
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+    return run
 
 
 class FakeEngine:

@@ -20,6 +20,7 @@ keeps the two in step.
     ├── SwarmError              25  the peer-to-peer swarm could not be joined, or was lost
     ├── PlatformError           26  this machine cannot take part
     ├── ProcessEndedError       27  a process that this program started ended again and again
+    ├── PublishingError         28  the model could not be put on the Hugging Face hub
     └── DemoError               30  the demo ran, but a part of it failed
 """
 
@@ -100,6 +101,10 @@ class PlatformError(KanthaError):
 
 class ProcessEndedError(KanthaError):
     exit_code = 27
+
+
+class PublishingError(KanthaError):
+    exit_code = 28
 
 
 class DemoError(KanthaError):

@@ -16,7 +16,6 @@ import pytest
 
 from kantha import errors
 from kantha.cli import demo as command_line_demo
-from kantha.cli import main as command_line
 from kantha.coordinator.rundir import RunDirectory
 from kantha.errors import KanthaError
 from kantha.spec import PRESETS, load_spec
@@ -38,22 +37,7 @@ def taken_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-Kantha = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def kantha(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kantha:
-    """Runs the entry point of the `kantha` command; returns exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kantha", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exited:
-            command_line.main()
-        captured = capsys.readouterr()
-        code = exited.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return run
+Kantha = Callable[..., tuple[int, str, str]]  # the fixture
 
 
 def process(*arguments: object) -> tuple[int, str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event, text
 
-from kantha.coordinator.ledger import Ledger
+from kantha.coordinator.ledger import Ledger, PersonTotals
 from kantha.errors import StorageError
 from kantha.swarm.membership import Membership
 from kantha.swarm.reports import RoundReport
@@ -191,6 +191,8 @@ def test_an_empty_ledger_has_nothing(ledger: Ledger) -> None:
     assert ledger.members() == {}
     assert ledger.samples_by_peer() == {}
     assert ledger.failures() == {}
+    assert ledger.people(1) == []
+    assert ledger.seconds_by_device(1) == {}
 
 
 def test_a_member_who_comes_back_is_the_same_member(ledger: Ledger) -> None:
@@ -200,14 +202,41 @@ def test_a_member_who_comes_back_is_the_same_member(ledger: Ledger) -> None:
     assert ledger.members() == {"a": "Asha", "b": "Rafiq"}
 
 
+def test_people_are_added_up_over_their_peers_up_to_a_round(ledger: Ledger) -> None:
+    for peer, name in (("a", "Asha"), ("b", "Rafiq"), ("c", "Asha"), ("d", "Mitu"), ("e", "Karim")):
+        ledger.add_member(membership(peer, name))
+    ledger.add_rounds("a", [report(1, 10, seconds=4.0, waited=1.0), report(2, 10, seconds=3.0), report(3, 99)])
+    ledger.add_rounds("b", [report(2, 40, seconds=5.0)])
+    ledger.add_rounds("c", [report(2, 5, seconds=2.0)])
+    ledger.add_rounds("d", [report(2, 0)])
+    ledger.add_rounds("e", [report(3, 1000)])
+    assert ledger.people(2) == [PersonTotals("Rafiq", 40, 5.0, 0.0), PersonTotals("Asha", 25, 9.0, 1.0)]
+    assert [person.username for person in ledger.people(3)] == ["Karim", "Asha", "Rafiq"]
+    assert ledger.people(0) == []
+
+
+def test_hours_are_added_up_by_device(ledger: Ledger) -> None:
+    ledger.add_rounds("a", [report(1, 1, seconds=4.0), report(2, 1, seconds=3.0)])
+    ledger.add_rounds("b", [report(1, 1, seconds=5.0)])
+    ledger.add_rounds("c", [report(1, 1, seconds=20.0)])
+    ledger.add_rounds("d", [report(1, 1, seconds=1.0)])
+    for peer, device in (("a", "CPU"), ("a", "Tesla T4"), ("a", "Tesla T4"), ("b", "Tesla T4"), ("c", "CPU")):
+        ledger.set_device(peer, device)
+    assert list(ledger.seconds_by_device(1).items()) == [("CPU", 20.0), ("Tesla T4", 9.0), (None, 1.0)]
+    assert ledger.seconds_by_device(2)["Tesla T4"] == 12.0
+    assert ledger.seconds_by_device(0) == {}
+
+
 def test_the_ledger_outlives_the_program(tmp_path: Path) -> None:
     first = Ledger(tmp_path / "ledger.sqlite")
     first.add_member(membership("a", "Asha"))
     first.add_rounds("a", [report(1, 10)])
+    first.set_device("a", "CPU")
     first.close()
     second = Ledger(tmp_path / "ledger.sqlite")
     assert second.members() == {"a": "Asha"}
     assert second.samples_by_peer() == {"a": 10}
+    assert second.seconds_by_device(1) == {"CPU": 1.0}
     second.close()
 
 

@@ -120,6 +120,7 @@ def test_what_volunteers_report_is_in_the_status(coordinator: Any, monkeypatch: 
     assert status.computing_share == pytest.approx(27 / 40)
     assert (status.failed_rounds, status.samples_in_round, status.samples_per_second) == (1, 8, 4.0)
     assert [(volunteer.name, volunteer.samples) for volunteer in status.volunteers] == [("Asha", 20), ("Mitu", 10)]
+    assert coordinator._ledger.seconds_by_device(2).keys() == {"CPU"}
     assert coordinator.said == ["Asha joined (2 here now)", "Mitu joined (2 here now)"]
 
 

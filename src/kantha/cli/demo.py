@@ -24,13 +24,13 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from kantha.cli.publish import export_run
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.status import RunStatus
 from kantha.corpus import Batch, heldout_batches, heldout_sentences, load_tokenizer
 from kantha.errors import DemoError, StorageError
 from kantha.evaluation import fill_masks, heldout_loss
-from kantha.publishing import export_model
 from kantha.spec import PRESETS
 from kantha.swarm.processes import signal_when_parent_dies
 from kantha.training import Replica
@@ -106,7 +106,7 @@ def run_demo(
             failed.append(coordinator)
     say("measuring the trained model, exporting it …")
     loss_after = _heldout_loss(run, heldout)
-    export_model(run.path, out / "model")
+    export_run(run.path, out / "model")
     figures = _figures(run, loss_before, loss_after, out / "model", time.monotonic() - began)
     _show_result(figures, run, out, say)
     for path in {out / "report.json", report or out / "report.json"}:

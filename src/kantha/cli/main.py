@@ -150,10 +150,35 @@ def export(
     out: Annotated[Path, typer.Argument(help="The model folder to make.")],
 ) -> None:
     """Write the model in Hugging Face format, for plain transformers."""
-    from kantha.publishing import export_model
+    from kantha.cli.publish import export_run
 
-    round_number = export_model(run_dir, out)
+    round_number = export_run(run_dir, out)
     _say(f'wrote {out}, the model after round {round_number}. Try: transformers.pipeline("fill-mask", "{out}")')
+
+
+@app.command()
+def publish(
+    run_dir: Annotated[
+        Path, typer.Argument(help="A run's folder (its newest checkpoint is taken), or a checkpoint's.")
+    ],
+    repository: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="The model's place on the Hugging Face hub; made if need be.")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="Show it to everybody. Default: only you see it.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the folder is made that is uploaded. Default: published, in RUN_DIR.")
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Scores for the model's card, as `kantha evaluate --json` writes them.")
+    ] = None,
+) -> None:
+    """Put the model with a card on the Hugging Face hub; run it again to go on where it broke off.
+
+    The token is taken from `hf auth login` or the variable HF_TOKEN.
+    """
+    from kantha.cli.publish import publish_run
+
+    publish_run(run_dir, repository, public, out, scores, _say)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,30 @@ class Contribution(_Table):
     seen: Mapped[float]
 
 
+class Device(_Table):
+    """What one peer computes on, in its own words."""
+
+    __tablename__ = "devices"
+    peer_id: Mapped[str] = mapped_column(String(80), primary_key=True)
+    device: Mapped[str] = mapped_column(String(60))
+
+
 class FailedRound(_Table):
     """A round that no group could finish at first; it was tried again."""
 
     __tablename__ = "failed_rounds"
     round: Mapped[int] = mapped_column(primary_key=True)
     reason: Mapped[str] = mapped_column(String(100))
+
+
+@dataclass(frozen=True)
+class PersonTotals:
+    """What all peers of one person did together."""
+
+    username: str
+    samples: int
+    seconds: float  # spent computing
+    waited: float  # seconds between computing, lost to whatever else
 
 
 class Ledger:
@@ -63,6 +82,7 @@ class Ledger:
         self._path = path
         self._state: object = object()  # another one after every change
         self._rounds: tuple[object, list[RoundStatus]] | None = None  # the state that they are of, and all rounds
+        self._devices: dict[str, str] = {}  # what was entered by this program
         self._engine: Engine = create_engine(f"sqlite:///{path}")
 
         @event.listens_for(self._engine, "connect")
@@ -120,6 +140,15 @@ class Ledger:
             changed = session.connection().execute(statement).rowcount
         if changed:
             self._state = object()
+
+    def set_device(self, peer_id: str, device: str) -> None:
+        """Enter what a peer computes on; the newest word counts."""
+        if self._devices.get(peer_id) == device:  # every report repeats it
+            return
+        statement = insert(Device).values(peer_id=peer_id, device=device)
+        with self._session() as session:
+            session.execute(statement.on_conflict_do_update(index_elements=["peer_id"], set_={"device": device}))
+        self._devices[peer_id] = device
 
     def forget_rounds_after(self, number: int) -> None:
         """Drop the contributions to later rounds, which will be done again.
@@ -181,6 +210,36 @@ class Ledger:
         query = select(Contribution.peer_id, func.sum(Contribution.samples)).group_by(Contribution.peer_id)
         with self._session() as session:
             return {peer: int(samples) for peer, samples in session.execute(query)}
+
+    def people(self, last_round: int) -> list[PersonTotals]:
+        """What each person did up to and with `last_round`, most samples first; who has no samples is left out."""
+        samples = func.sum(Contribution.samples)
+        query = (
+            select(Member.username, samples, func.sum(Contribution.seconds), func.sum(Contribution.waited))
+            .join(Contribution, Contribution.peer_id == Member.peer_id)
+            .where(Contribution.round <= last_round)
+            .group_by(Member.username)
+            .having(samples > 0)
+            .order_by(samples.desc(), Member.username)
+        )
+        with self._session() as session:
+            return [PersonTotals(*row) for row in session.execute(query)]
+
+    def seconds_by_device(self, last_round: int) -> dict[str | None, float]:
+        """Seconds of computing up to and with `last_round` by kind of device, most first; None where it is not known,
+        as of peers that reported to a Kantha which did not keep it."""
+        seconds = func.sum(Contribution.seconds)
+        query = (
+            select(Device.device, seconds)
+            .select_from(Contribution)
+            .outerjoin(Device, Device.peer_id == Contribution.peer_id)
+            .where(Contribution.round <= last_round)
+            .group_by(Device.device)
+            .having(seconds > 0)
+            .order_by(seconds.desc(), Device.device)
+        )
+        with self._session() as session:
+            return dict(session.execute(query).all())
 
     def failures(self) -> dict[int, str]:
         """Why a round had to be tried again, by round."""

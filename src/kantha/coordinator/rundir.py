@@ -29,6 +29,7 @@ from kantha.swarm.membership import RunKey
 from kantha.training import Replica
 from kantha.training.checkpoint import SPEC_FILE, TOKENIZER_FILE, checkpoint_folder
 
+LEDGER_FILE = "ledger.sqlite"
 FORMAT = 2  # 1 had no lineage, and other rounds
 _LOCK_SECONDS = 5.0  # the children of a coordinator that was killed hold the lock until they have died, too
 
@@ -49,7 +50,7 @@ class RunDirectory:
         self._file = file
         self.tokenizer = path / TOKENIZER_FILE
         self.checkpoints = path / "checkpoints"
-        self.ledger = path / "ledger.sqlite"
+        self.ledger = path / LEDGER_FILE
         self.log = path / "log" / "coordinator.log"
         self._lock = FileLock(path / ".lock", timeout=_LOCK_SECONDS)
 

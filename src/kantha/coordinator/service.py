@@ -226,6 +226,7 @@ class Coordinator:
         # what a leaver handed in counts when the others have finished the round
         self._handed_in |= {(peer_id, entry.round): entry for entry in rounds if not entry.lineage}
         self._ledger.add_rounds(peer_id, [entry for entry in rounds if entry.lineage])
+        self._ledger.set_device(peer_id, report.device)
         for failed in report.failed:
             if failed.round <= newest:
                 self._ledger.mark_failed(failed.round, failed.reason)

@@ -1,5 +1,19 @@
 """From a checkpoint to a model that anyone can use."""
 
-from kantha.publishing.export import export_model
+from kantha.publishing.card import Contributor, TrainingFacts
+from kantha.publishing.export import export_model, find_checkpoint
+from kantha.publishing.picture import RoundLoss
+from kantha.publishing.scores import Score, load_scores
+from kantha.publishing.upload import check_publishing, upload_model
 
-__all__ = ["export_model"]
+__all__ = [
+    "Contributor",
+    "RoundLoss",
+    "Score",
+    "TrainingFacts",
+    "check_publishing",
+    "export_model",
+    "find_checkpoint",
+    "load_scores",
+    "upload_model",
+]

@@ -1,0 +1,82 @@
+"""`kantha export` and `kantha publish`: a run's model with what its ledger knows, as a folder and on the hub."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kantha.coordinator.ledger import Ledger
+from kantha.coordinator.rundir import LEDGER_FILE
+from kantha.publishing import (
+    Contributor,
+    RoundLoss,
+    Score,
+    TrainingFacts,
+    check_publishing,
+    export_model,
+    find_checkpoint,
+    load_scores,
+    upload_model,
+)
+from kantha.training.checkpoint import read_manifest
+
+
+def export_run(
+    source: Path, out: Path, scores: Sequence[Score] = (), repository: str | None = None, replace: bool = False
+) -> int:
+    """Write the model of a run (its newest checkpoint), or of one checkpoint folder, to `out`; returns its round.
+
+    Raises as `find_checkpoint` and `export_model` do, and `StorageError` where the run's ledger cannot be read.
+    """
+    checkpoint = find_checkpoint(source)  # once: a run that is being served makes new ones
+    ledger = source / LEDGER_FILE
+    facts = training_facts(ledger, read_manifest(checkpoint).round) if ledger.is_file() else None
+    return export_model(checkpoint, out, facts, scores, repository, replace)
+
+
+def training_facts(path: Path, last_round: int) -> TrainingFacts:
+    """What a ledger knows of the rounds that made the model of `last_round`. Raises `StorageError`."""
+    ledger = Ledger(path)
+    try:
+        rounds = [entry for entry in ledger.rounds() if entry.round <= last_round]
+        people = ledger.people(last_round)
+        failures = ledger.failures()
+        devices = ledger.seconds_by_device(last_round)
+    finally:
+        ledger.close()
+    computing = sum(person.seconds for person in people)
+    present = computing + sum(person.waited for person in people)
+    return TrainingFacts(
+        losses=[RoundLoss(entry.round, entry.mlm_loss, entry.sop_loss) for entry in rounds],
+        samples=sum(entry.samples for entry in rounds),
+        failed_rounds=sum(number <= last_round for number in failures),
+        began=rounds[0].finished if rounds else None,
+        ended=rounds[-1].finished if rounds else None,
+        computing_share=computing / present if present else None,
+        seconds_by_device=devices,
+        contributors=[Contributor(person.username, person.samples, person.seconds) for person in people],
+    )
+
+
+def publish_run(
+    source: Path, repository: str, public: bool, out: Path | None, scores: Path | None, say: Callable[[str], None]
+) -> None:
+    """Write the model of a run or a checkpoint to a folder, and that to the hub.
+
+    Raises `PublishingError` besides what `export_run` raises.
+    """
+    measured = load_scores(scores) if scores else []
+    check_publishing(repository)
+    folder = out or source / "published"
+    round_number = export_run(source, folder, measured, repository, replace=True)
+    say(f"wrote {folder}, the model after round {round_number}; its card is {folder / 'README.md'}")
+    if not (source / LEDGER_FILE).is_file():
+        say(
+            f"{source} is a checkpoint without a ledger: the card names no contributors; give the run's folder for that"
+        )
+    url = upload_model(folder, repository, public, f"The model after round {round_number}", say)
+    say(f"published: {url} ({'public' if public else 'only you and your organization can see it'})")
+    if not public:
+        again = ["kantha", "publish", str(source), repository, "--public"]
+        again += ["--out", str(out)] if out else []
+        again += ["--scores", str(scores)] if scores else []
+        say(f"Next: look at its card there. To show it to everybody: {shlex.join(again)}")
