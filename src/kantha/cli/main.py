@@ -182,6 +182,45 @@ def publish(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A run's or a checkpoint's folder, a model folder, or a name on the Hugging Face hub."),
+    ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK]...",
+            help="mlm and sop (masked tokens, sentence order), which need no fine-tuning; topic=DATA; ner=DATA. "
+            "DATA is sib200 or indicglue for topic, wikiann for ner, or files: TRAIN,TEST or TRAIN,DEV,TEST, "
+            ".jsonl with text and label for topic, .conll with a word and its IOB2 tag for ner. Default: mlm sop.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text for mlm and sop, .txt or .jsonl. Default: the run's held-out documents.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many times to fine-tune, each time with another seed.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs at most; it ends earlier when dev data say so.")] = 20,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=1e-8, help="At its peak. Default: 5e-5 times 768, divided by the model's width."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 16,
+    report: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file, as JSON.")] = None,
+) -> None:
+    """Measure a model: what it learned, and how well it can be fine-tuned, with baselines beside it.
+
+    Examples: kantha evaluate my-run · kantha evaluate my-run topic ner ·
+    kantha evaluate model ner=train.conll,test.conll topic=train.jsonl,dev.jsonl,test.jsonl --seeds 5
+    """
+    from kantha.cli.evaluate import show_evaluation
+    from kantha.evaluation.finetune import Settings
+
+    settings = Settings(seeds, epochs, batch, learning_rate)
+    show_evaluation(model, tasks or ["mlm", "sop"], text, settings, report, _console)
+
+
+@app.command()
 def simulate(
     spec: Annotated[str, typer.Argument(help=f"A run spec, a YAML file, or one of: {', '.join(PRESETS)}.")],
     group: Annotated[

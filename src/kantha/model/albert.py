@@ -54,8 +54,16 @@ def build_model(spec: RunSpec) -> AlbertForPreTraining:
     return model
 
 
-def pretraining_losses(model: AlbertForPreTraining, batch: Batch) -> Losses:
-    """Both losses of a batch; the vocabulary head is applied to the masked tokens only.
+@dataclass(frozen=True)
+class Logits:
+    """What the model thinks of one batch: `mlm` [M, V] of the tokens that are masked, `sop` [B, 2] of the order."""
+
+    mlm: torch.Tensor
+    sop: torch.Tensor
+
+
+def pretraining_logits(model: AlbertForPreTraining, batch: Batch) -> Logits:
+    """Both heads on a batch, in fp32; the vocabulary head is applied to the masked tokens only.
 
     `AlbertForPreTraining` itself would make logits [B, L, V]; these are [M, V], about 7 times less memory and work.
     """
@@ -64,8 +72,12 @@ def pretraining_losses(model: AlbertForPreTraining, batch: Batch) -> Losses:
     )
     hidden_BLH = body.last_hidden_state
     masked_MH = hidden_BLH.flatten(0, 1)[batch.masked_positions]
+    return Logits(model.predictions(masked_MH).float(), model.sop_classifier(body.pooler_output).float())
+
+
+def pretraining_losses(model: AlbertForPreTraining, batch: Batch) -> Losses:
+    """Both losses of a batch, from `pretraining_logits`."""
+    logits = pretraining_logits(model, batch)
     # the mean, and 0 where nothing is masked, which happens in small batches of short text
-    mlm = F.cross_entropy(model.predictions(masked_MH).float(), batch.masked_labels, reduction="sum")
-    mlm = mlm / max(1, len(batch.masked_labels))
-    sop = F.cross_entropy(model.sop_classifier(body.pooler_output).float(), batch.swapped)
-    return Losses(mlm, sop)
+    mlm = F.cross_entropy(logits.mlm, batch.masked_labels, reduction="sum") / max(1, len(batch.masked_labels))
+    return Losses(mlm, F.cross_entropy(logits.sop, batch.swapped))
