@@ -156,4 +156,4 @@ def test_ctrl_c_shows_what_is_known_by_then(
     assert (code, error) == (130, "kantha: stopped\n")
     assert "50.0 %" in out
     assert "ner on 1.conll" not in out
-    assert json.loads(report.read_text(encoding="utf-8"))["tasks"][0]["methods"]["fine-tuned"]
+    assert json.loads(report.read_text(encoding="utf-8"))["scores"][-1]["method"] == "fine-tuned"
