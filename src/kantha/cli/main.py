@@ -220,6 +220,23 @@ def evaluate(
     show_evaluation(model, tasks or ["mlm", "sop"], text, settings, report, _console)
 
 
+corpus = typer.Typer(help="Look at a run's text.", no_args_is_help=True)
+app.add_typer(corpus, name="corpus")
+
+
+@corpus.command()
+def inspect(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder, as `kantha create` makes it.")],
+    examples: Annotated[int, typer.Option(min=0, help="How many finished examples to show.")] = 10,
+    documents: Annotated[int, typer.Option(min=1, help="How many documents to read and count, at least.")] = 5_000,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed walks another way through the data.")] = 0,
+) -> None:
+    """Show finished training examples, and say what was held out, dropped and lost."""
+    from kantha.cli.corpus import inspect_corpus
+
+    inspect_corpus(run_dir, examples, documents, seed, _console)
+
+
 @app.command()
 def simulate(
     spec: Annotated[str, typer.Argument(help=f"A run spec, a YAML file, or one of: {', '.join(PRESETS)}.")],
