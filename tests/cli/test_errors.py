@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from kantha import errors
@@ -169,6 +171,10 @@ def test_ctrl_c(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "training the tokenizer" in process.stdout.readline()
+        deadline = time.monotonic() + 30.0
+        # a signal that comes just before a call that blocks is not seen until the call ends
+        while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < deadline
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130

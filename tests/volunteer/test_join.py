@@ -1,6 +1,7 @@
 """How a volunteer gets the run's state, and what it does when a process that it needs is gone."""
 
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from kantha.coordinator.service import Coordinator
 from kantha.errors import DigestError, ProcessEndedError
+from kantha.spec import RunSpec
 from kantha.training import Replica
 from kantha.volunteer import join as module
 from kantha.volunteer.client import CoordinatorClient
 from kantha.volunteer.folders import PeerFolder
-from kantha.volunteer.join import JoinOptions, fetch_tokenizer, join, load_state
+from kantha.volunteer.join import JoinOptions, fetch_tokenizer, join, load_state, open_stream
 
 
 class FakeEngine:
@@ -88,6 +91,18 @@ def test_the_tokenizer_is_downloaded_once_and_again_where_it_is_damaged(
         wrong = description.tokenizer.model_copy(update={"sha256": "0f" * 32})
         with pytest.raises(DigestError):
             fetch_tokenizer(client, description.model_copy(update={"tokenizer": wrong}), folder)
+
+
+def test_a_volunteer_that_comes_back_goes_on_in_its_text(tiny_spec: RunSpec, tiny_tokenizer: Tokenizer) -> None:
+    folder = PeerFolder(tiny_spec.fingerprint, "Asha")
+    first = open_stream(tiny_spec, tiny_tokenizer, "12D3KooWpeer", folder)
+    first.next_batch(100)
+    folder.save_place(first.state())
+    again = open_stream(tiny_spec, tiny_tokenizer, "12D3KooWpeer", folder)
+    assert torch.equal(again.next_batch(4).input_ids, first.next_batch(4).input_ids)
+    for damaged in ("{", "[]", json.dumps({"window": 0, "taken": 0, "sources": [["x"] * 6]})):
+        (folder.path / "data.json").write_text(damaged, encoding="utf-8")
+        assert open_stream(tiny_spec, tiny_tokenizer, "12D3KooWpeer", folder).state()["window"] == 0
 
 
 # ---- a process that is gone

@@ -1,6 +1,7 @@
 """Text for training: sources → normalised documents → sentences → token ids → training examples."""
 
 from kantha.corpus.examples import Batch, ExampleStream, heldout_batches, heldout_sentences
+from kantha.corpus.feed import Feed
 from kantha.corpus.normalize import normalize, split_sentences
 from kantha.corpus.sources import is_heldout, read_documents
 from kantha.corpus.tokenizer import (
@@ -24,6 +25,7 @@ __all__ = [
     "UNK_ID",
     "Batch",
     "ExampleStream",
+    "Feed",
     "heldout_batches",
     "heldout_sentences",
     "is_heldout",

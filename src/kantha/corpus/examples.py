@@ -104,10 +104,11 @@ class ExampleStream:
     Raises `CorpusError` if a source cannot be read, `MissingPackageError` if it needs a package that is not installed.
     """
 
-    def __init__(
-        self, spec: RunSpec, tokenizer: Tokenizer, peer_seed: int, state: Mapping[str, Any] | None = None
-    ) -> None:
-        """:param state: of a stream of the same spec and peer; raises `ValueError` if it is none of a stream"""
+    def __init__(self, spec: RunSpec, tokenizer: Tokenizer, peer_seed: int, state: object = None) -> None:
+        """
+        :param state: of a stream of the same spec and peer; None: from the beginning
+        :raises ValueError: if `state` is none of a stream
+        """
         self.counts = Counts()
         self._spec, self._seeds = spec, [spec.seed, peer_seed]
         encoder = SentenceEncoder(tokenizer)
@@ -160,10 +161,12 @@ class ExampleStream:
         return rows
 
 
-def _read_state(state: Mapping[str, Any] | None, sources: int) -> tuple[int, int, list[list[int]]]:
+def _read_state(state: object, sources: int) -> tuple[int, int, list[list[int]]]:
     if state is None:
         return 0, 0, [[0] * _SourcePairs.NUMBERS] * sources
     try:
+        if not isinstance(state, Mapping):
+            raise TypeError(type(state).__name__)
         window, taken, places = state["window"], state["taken"], state["sources"]
         numbers = [window, taken, *chain.from_iterable(places)]
         if len(places) != sources or len(numbers) != 2 + sources * _SourcePairs.NUMBERS or taken >= _WINDOW:

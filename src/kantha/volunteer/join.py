@@ -3,6 +3,7 @@
 describe → membership → swarm → snapshot → ( batch → gradients → hand over )* → hand in, goodbye
 """
 
+import logging
 import os
 import platform
 import signal
@@ -17,9 +18,10 @@ from urllib.parse import urlsplit
 
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from kantha.api import RunDescription
-from kantha.corpus import Batch, ExampleStream, load_tokenizer
+from kantha.corpus import Batch, ExampleStream, Feed, load_tokenizer
 from kantha.errors import CorpusError, PlatformError, ProcessEndedError, SwarmError
 from kantha.spec import FileSource, RunSpec
 from kantha.swarm.node import Node, log_to_file
@@ -31,8 +33,10 @@ from kantha.volunteer.console import VolunteerConsole, download_progress, state_
 from kantha.volunteer.folders import PeerFolder
 from kantha.volunteer.session import Session
 
+_log = logging.getLogger(__name__)
 _CPU_BATCH, _GPU_BATCH = 8, 32  # examples computed at once
 _HAND_OVER_SECONDS = 1.0
+_NOTE_SECONDS = 30.0  # between two notes of the place in the data, which a killed program goes on from
 _LARGE = 5_000_000  # bytes from which on a download is worth a line where no bar is drawn
 _NO_PEER_SECONDS = 60.0  # without a piece of the state from any peer, until the checkpoint is downloaded instead
 _DROPPED_IN_A_ROW = 50  # gradients that are not finite before a volunteer gives up; fp16 drops some at the start
@@ -104,14 +108,17 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
             engine.complete = session.complete
             load_state(client, spec, folder, engine, console)
             # peers of one run differ in their keys, so the key seeds a walk through the data that is this peer's own
-            stream = ExampleStream(spec, tokenizer, peer_seed=int.from_bytes(identity.peer_id.encode()[-6:]))
+            stream = open_stream(spec, tokenizer, identity.peer_id, folder)
             trainer = Trainer(spec, device)
             batch = options.micro_batch or (_GPU_BATCH if device.type == "cuda" else _CPU_BATCH)
-            with VolunteerConsole(
-                spec.name, client.url, options.username, session, engine, console, signals.stop
-            ) as screen:
+            with (
+                Feed(stream, batch) as feed,
+                VolunteerConsole(
+                    spec.name, client.url, options.username, session, engine, console, signals.stop
+                ) as screen,
+            ):
                 signals.stop_ends_loop = True
-                train(stream, batch, trainer, engine, replica, session, screen, signals.stop)
+                train(feed, trainer, engine, replica, session, screen, folder, signals.stop)
             _say(console, "leaving: what is computed is handed in …")
             for result in engine.leave():
                 session.ended(result)
@@ -129,27 +136,41 @@ def _say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def open_stream(spec: RunSpec, tokenizer: Tokenizer, peer_id: str, folder: PeerFolder) -> ExampleStream:
+    """This peer's walk through the data, from where it was the last time."""
+    # peers of one run differ in their keys, so the key seeds a walk that is this peer's own
+    seed, place = int.from_bytes(peer_id.encode()[-6:]), folder.load_place()
+    try:
+        return ExampleStream(spec, tokenizer, seed, place)
+    except ValueError as error:
+        _log.warning("starts its walk through the data anew: %s", error)
+        return ExampleStream(spec, tokenizer, seed)
+
+
 def train(
-    stream: ExampleStream,
-    batch_size: int,
+    feed: Feed,
     trainer: Trainer,
     engine: RoundsEngine,
     replica: Replica,
     session: Session,
     screen: VolunteerConsole,
+    folder: PeerFolder,
     stop: threading.Event,
 ) -> None:
     """The loop that ties training to swarm, until `stop` is set. It computes all the time: the engine never waits."""
     dropped, version = 0, None
-    ended = time.monotonic()
+    ended = noted = time.monotonic()
     while not stop.is_set():
         with engine.hold() as newest:
             if newest != version:
                 trainer.load(replica.parameters)
                 version = newest
         began = time.monotonic()
-        gradients = trainer.compute(_batches(stream, batch_size))
+        gradients = trainer.compute(_batches(feed))
         waited, ended = began - ended, time.monotonic()
+        if ended - noted > _NOTE_SECONDS:
+            folder.save_place(feed.state)
+            noted = ended
         if gradients is None:
             dropped += 1
             if dropped == _DROPPED_IN_A_ROW:
@@ -163,13 +184,14 @@ def train(
         if result is not None:
             session.ended(result)
         screen.tick(round_ended=result is not None)
+    folder.save_place(feed.state)
 
 
-def _batches(stream: ExampleStream, size: int) -> Iterator[Batch]:
+def _batches(feed: Feed) -> Iterator[Batch]:
     """Batches for about a second: handing over costs a copy and a word to the swarm, however much is handed over."""
     deadline = time.monotonic() + _HAND_OVER_SECONDS
     while True:
-        yield stream.next_batch(size)
+        yield feed.next_batch()
         if time.monotonic() > deadline:
             return
 

@@ -1,0 +1,168 @@
+"""How much faster is a training step than that of `transformers`, and is it the same step?
+
+Kantha's step, forward and backward of `pretraining_losses`, applies the vocabulary head to the masked tokens only. The
+other is `AlbertForPreTraining` as it is ordinarily trained: labels for every position, -100 where nothing is masked.
+Both have the same weights, the same batch of full length, fp32 and scaled-dot-product attention, and take turns. Before
+that their losses and gradients are compared. On a GPU also, in the precision that Kantha trains in there: the peak
+memory of each, and the largest batch that fits, doubled as long as it does.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AlbertForPreTraining
+
+from kantha.corpus import MASK_ID, SPECIAL_TOKENS, Batch
+from kantha.model import build_model, pretraining_losses
+from kantha.spec import PRESETS, RunSpec
+from kantha.training import choose_device, describe_device
+
+Loss = Callable[[AlbertForPreTraining, Batch], torch.Tensor]
+_LARGEST = 4_096  # examples
+
+
+def spec_of(layers: int, hidden: int, length: int) -> RunSpec:
+    base = PRESETS["albert-base"]
+    shape = {
+        "layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "attention_heads": hidden // 64,
+        "max_positions": max(length, base.model.max_positions),
+    }
+    return base.model_copy(update={"model": base.model.model_copy(update=shape)})
+
+
+def random_batch(size: int, length: int, spec: RunSpec) -> Batch:
+    """A batch of random tokens, of which the spec's share is masked."""
+    generator = torch.Generator().manual_seed(size)
+    tokens = torch.randint(len(SPECIAL_TOKENS), spec.tokenizer.vocab_size, (size, length), generator=generator)
+    count = int(spec.objective.masked_share * size * length)
+    masked = torch.randperm(size * length, generator=generator)[:count].sort().values
+    inputs = tokens.flatten().clone()
+    inputs[masked] = MASK_ID
+    return Batch(
+        input_ids=inputs.view(size, length),
+        attention_mask=torch.ones(size, length, dtype=torch.int64),
+        token_type_ids=torch.zeros(size, length, dtype=torch.int64),
+        masked_positions=masked,
+        masked_labels=tokens.flatten()[masked],
+        swapped=torch.randint(0, 2, (size,), generator=generator),
+    )
+
+
+def ours(model: AlbertForPreTraining, batch: Batch) -> torch.Tensor:
+    return pretraining_losses(model, batch).total
+
+
+def theirs(model: AlbertForPreTraining, batch: Batch) -> torch.Tensor:
+    labels = torch.full_like(batch.input_ids, -100).flatten()
+    labels[batch.masked_positions] = batch.masked_labels
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        token_type_ids=batch.token_type_ids,
+        labels=labels.view_as(batch.input_ids),
+        sentence_order_label=batch.swapped,
+    ).loss
+
+
+def gradients(loss: Loss, model: AlbertForPreTraining, batch: Batch) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    value = loss(model, batch)
+    value.backward()
+    return value.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def compare(model: AlbertForPreTraining, batch: Batch) -> tuple[float, float]:
+    """(relative difference of the losses, largest relative distance of a parameter's gradients)"""
+    (loss, mine), (other_loss, others) = gradients(ours, model, batch), gradients(theirs, model, batch)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(mine, others, strict=True) if b.norm() > 0]
+    return abs(loss - other_loss) / other_loss, max(errors)
+
+
+def seconds(loss: Loss, model: AlbertForPreTraining, batch: Batch) -> float:
+    began = time.perf_counter()
+    loss(model, batch).backward()
+    if batch.input_ids.is_cuda:
+        torch.cuda.synchronize()
+    elapsed = time.perf_counter() - began
+    model.zero_grad()
+    return elapsed
+
+
+def gpu_figures(loss: Loss, model: AlbertForPreTraining, spec: RunSpec, size: int, length: int) -> dict[str, float]:
+    """Peak memory of a step in GiB, and the largest batch that fits, both under autocast."""
+    precise = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+    def step(examples: int) -> float:
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", precise):
+            value = loss(model, random_batch(examples, length, spec).to("cuda"))
+        value.backward()
+        return torch.cuda.max_memory_allocated() / 2**30
+
+    peak, largest = step(size), size
+    try:
+        while largest < _LARGEST:
+            step(2 * largest)
+            largest *= 2
+    except torch.cuda.OutOfMemoryError:
+        pass
+    return {"peak_gib": peak, "largest_batch": largest}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4, help="examples")
+    parser.add_argument("--length", type=int, default=256, help="tokens of an example")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    spec, device = spec_of(options.layers, options.hidden, options.length), choose_device()
+    model = build_model(spec).to(device).train()
+    batch = random_batch(options.batch, options.length, spec).to(device)
+    loss_error, gradient_error = compare(model, batch)
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for repeat in range(options.repeats + 1):
+        for name, loss in (("ours", ours), ("theirs", theirs)):
+            elapsed = seconds(loss, model, batch)
+            if repeat:  # the first is a warm-up
+                times[name].append(elapsed)
+    ratios = [other / mine for other, mine in zip(times["theirs"], times["ours"], strict=True)]
+    speed = {name: options.batch * options.length / statistics.median(values) for name, values in times.items()}
+    result = {
+        "device": describe_device(device),
+        "tokens_per_second": speed["ours"],
+        "baseline_tokens_per_second": speed["theirs"],
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "relative_loss_error": loss_error,
+        "max_relative_gradient_error": gradient_error,
+    }
+    shape = f"{options.layers} layers x {options.hidden}, batch {options.batch} x {options.length}"
+    print(f"{shape}, fp32, {result['device']}, {options.repeats} repeats")
+    print(f"  ours          {speed['ours']:10.0f} tokens/s")
+    print(f"  transformers  {speed['theirs']:10.0f} tokens/s")
+    print(f"  ratio         {result['ratio']:10.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"  relative error: loss {loss_error:.1e}, gradients at most {gradient_error:.1e}")
+    if device.type == "cuda":
+        for name, loss in (("ours", ours), ("theirs", theirs)):
+            result[name] = gpu_figures(loss, model, spec, options.batch, options.length)
+            print(f"  {name}: {result[name]['peak_gib']:.2f} GiB, largest batch {result[name]['largest_batch']}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
