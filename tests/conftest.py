@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -43,6 +44,10 @@ WHEN = ["আজ সকালে", "গতকাল বিকেলে", "প্�
 WHAT = ["নদীর ঘাটে বসে", "পুরোনো বইটি", "লাল কাঁথা", "ইলিশ মাছ", "বাজার থেকে চাল", "স্কুলের মাঠে"]
 DID = ["খুঁজে পেল।", "দেখে হাসল!", "কিনে আনল।", "কি ভুলে গেল?", "যত্ন করে রাখল।", "নিয়ে এল।"]
 BOOTSTRAP = "/ip4/127.0.0.1/tcp/4001/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+
+# tests that were started in the background ignore Ctrl-C, and so would all programs that they start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
