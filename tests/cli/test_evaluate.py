@@ -3,13 +3,13 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from labelled_data import sentences, texts, write_entities, write_topics
 
 from kantha.cli import evaluate as command
-from kantha.cli import main as command_line
 from kantha.coordinator.rundir import RunDirectory
 from kantha.evaluation.results import Score
 from kantha.publishing import export_model, load_scores
@@ -19,18 +19,9 @@ Evaluate = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+def evaluate(kantha: Evaluate) -> Evaluate:
     """Runs `kantha evaluate`; returns exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kantha", "evaluate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exited:
-            command_line.main()
-        captured = capsys.readouterr()
-        code = exited.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return run
+    return partial(kantha, "evaluate")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from kantha.training import Replica
 from kantha.training.checkpoint import SPEC_FILE, TOKENIZER_FILE, checkpoint_folder
 
 LEDGER_FILE = "ledger.sqlite"
-FORMAT = 3  # 1 had no lineage, and other rounds
+FORMAT = 3  # 1 had no lineage, and other rounds; 2 had other specs
 _LOCK_SECONDS = 5.0  # the children of a coordinator that was killed hold the lock until they have died, too
 
 

@@ -55,11 +55,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in memory that a GPU copies from by itself."""
-        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,7 @@ def _recipe(model: Model) -> Iterator[str]:
     groups = _plural(shape.layer_groups, "group of weights", "groups of weights")
     clipping = f", gradient clipped to norm {optimizer.max_grad_norm:g}" if optimizer.max_grad_norm else ""
     wire = {"none": "in full", "fp16": "in 16 bits", "8bit": "in 8 bits"}[spec.swarm.compression]
+    masking = {"token": "single tokens", "word": "whole words", "ngram": "runs of one to three words"}
     yield "## Recipe"
     yield _table(
         ("", ""),
@@ -259,7 +260,8 @@ def _recipe(model: Model) -> Iterator[str]:
             ),
             (
                 "objective",
-                f"{spec.objective.masked_share:.0%} of the tokens masked; sentence order, "
+                f"{spec.objective.masked_share:.0%} of the tokens masked, as {masking[spec.objective.masking]}; "
+                "sentence order, "
                 f"{spec.objective.swapped_share:.0%} of the pairs swapped",
             ),
             ("example", f"{spec.data.sequence_length} tokens; the model reads up to {shape.max_positions}"),
