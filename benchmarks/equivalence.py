@@ -129,7 +129,7 @@ def alone(spec: RunSpec, folder: Path, samples: Sequence[Sequence[int]]) -> Repl
     replica = Replica(spec)
     tokenizer = load_tokenizer(folder / "tokenizer.json", None)
     streams = [ExampleStream(spec, tokenizer, peer_seed=index) for index in range(PEERS)]
-    trainer = Trainer(spec, torch.device("cpu"))
+    trainer, state = Trainer(spec, torch.device("cpu")), replica.schedule_state
     for number in range(1, len(samples[0])):
         trainer.load(replica.parameters)
         batches = [
@@ -141,8 +141,10 @@ def alone(spec: RunSpec, folder: Path, samples: Sequence[Sequence[int]]) -> Repl
         assert gradients is not None
         for parameter, gradient in zip(replica.parameters, gradients.tensors, strict=True):
             parameter.grad = gradient.clone()
+        for group in replica.optimizer.param_groups:
+            group["lr"] = replica.schedule.rate(state)
         replica.optimizer.step()
-        replica.schedule.step()
+        state = state.advance(sum(peer_samples[number] for peer_samples in samples))
     return replica
 
 

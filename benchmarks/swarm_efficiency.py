@@ -209,13 +209,12 @@ def kantha_peer(
     gradients: "list[torch.Tensor]",
     events: Events,
 ) -> None:
-    from kantha.spec import SwarmSpec
+    from kantha.spec import PRESETS, Schedule, SwarmSpec
     from kantha.swarm.identity import PeerIdentity
     from kantha.swarm.node import Node
     from kantha.swarm.rounds_engine import RoundsEngine
 
     optimizer = lamb(parameters)
-    schedule = constant(optimizer)
     spec = SwarmSpec(target_batch_size=settings.target, matchmaking_seconds=8, averaging_timeout=60, compression="8bit")
     events.write("start")
     node = Node(
@@ -228,7 +227,7 @@ def kantha_peer(
             spec,
             parameters,
             optimizer,
-            schedule,
+            Schedule(PRESETS["demo"].model_copy(update={"swarm": spec})),
             None if settings.newcomer else 0,
             folder=Path(settings.folder, "snapshots"),
         )

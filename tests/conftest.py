@@ -86,7 +86,7 @@ def tiny_spec(tmp_path_factory: pytest.TempPathFactory) -> RunSpec:
             sources=(FileSource(kind="file", path=str(path)),), sequence_length=32, heldout_share=0.1, shuffle_buffer=10
         ),
         optimizer=OptimizerSpec(learning_rate=1e-2, beta2=0.98),
-        schedule=ScheduleSpec(warmup_rounds=4, total_rounds=100),
+        schedule=ScheduleSpec(warmup_samples=64),
         swarm=SwarmSpec(target_batch_size=64),
     )
 

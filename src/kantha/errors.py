@@ -21,6 +21,7 @@ keeps the two in step.
     ├── PlatformError           26  this machine cannot take part
     ├── ProcessEndedError       27  a process that this program started ended again and again
     ├── PublishingError         28  the model could not be put on the Hugging Face hub
+    ├── OrderError              29  an order of the organizer that cannot be given, or is not genuine
     └── DemoError               30  the demo ran, but a part of it failed
 """
 
@@ -105,6 +106,10 @@ class ProcessEndedError(KanthaError):
 
 class PublishingError(KanthaError):
     exit_code = 28
+
+
+class OrderError(KanthaError):
+    exit_code = 29
 
 
 class DemoError(KanthaError):

@@ -1,6 +1,8 @@
 """A peer without a model, for tests of faults: real swarm, real processes, random gradients. Says JSON lines.
 
 python peer.py '{"name": …, "folder": …, "role": …, "bootstrap": […], "newcomer": …, "values": …, "target": …}'
+
+With "run_key" it follows orders; one that it finds in the file NAME.order it gives to the swarm.
 """
 
 import json
@@ -14,14 +16,15 @@ from typing import Any
 import torch
 from hivemind.proto import runtime_pb2
 
-from kantha.model.optim import build_optimizer, build_schedule
-from kantha.spec import PRESETS, SwarmSpec
+from kantha.model.optim import build_optimizer
+from kantha.spec import PRESETS, Schedule, SwarmSpec
 from kantha.swarm import allreduce
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.node import Node, log_to_file
 from kantha.swarm.rounds_engine import RoundsEngine
 
 SAMPLES = 8  # a second, emulated
+RUN = "ab" * 32
 
 
 def say(**event: Any) -> None:
@@ -64,7 +67,7 @@ def main(options: dict[str, Any]) -> None:
     if options.get("misbehave"):
         misbehave(options["misbehave"])
     node = Node(
-        "ab" * 16,
+        RUN,
         PeerIdentity(folder / f"{name}.key"),
         bootstrap=options["bootstrap"],
         listen=[f"/ip4/{options.get('host', '127.0.0.1')}/tcp/{options.get('port', 0)}"],
@@ -73,21 +76,23 @@ def main(options: dict[str, Any]) -> None:
     rows = options["values"] // 512
     parameters = [torch.nn.Parameter(torch.randn(rows, 256) * 0.02) for _ in range(2)]
     parameters.append(torch.nn.Parameter(torch.zeros(768)))
-    spec = PRESETS["demo"]
-    groups = [{"params": parameters[:2], "weight_decay": 0.01}, {"params": parameters[2:], "weight_decay": 0.0}]
-    optimizer = build_optimizer(groups, spec)
     settings = SwarmSpec(
         target_batch_size=options["target"],
         matchmaking_seconds=4.0,
         averaging_timeout=options.get("averaging_timeout", 20.0),
     )
+    spec = PRESETS["demo"].model_copy(update={"swarm": settings})
+    groups = [{"params": parameters[:2], "weight_decay": 0.01}, {"params": parameters[2:], "weight_decay": 0.0}]
+    optimizer = build_optimizer(groups, spec)
+    order = folder / f"{name}.order"
     engine = RoundsEngine(
         node,
         settings,
         parameters,
         optimizer,
-        build_schedule(optimizer, spec),
+        Schedule(spec),
         None if options["newcomer"] else 0,
+        run_key=options.get("run_key"),
         role=options["role"],
         folder=folder / f"{name}-state",
     )
@@ -104,6 +109,9 @@ def main(options: dict[str, Any]) -> None:
         say(ready=engine.round)
         while not stop.wait(1.0):
             engine.raise_if_failed()
+            if order.exists():
+                engine.give_order(order.read_text())
+                order.unlink()
             if options["role"] == "trainer":
                 with engine.hold():
                     pass
@@ -116,7 +124,14 @@ def main(options: dict[str, Any]) -> None:
                 if engine.round != told and engine.is_ready:
                     told = engine.round
                     flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-                    say(round=told, lineage=engine.lineage, norm=float(flat.double().norm()), head=flat[:64].tolist())
+                    say(
+                        round=told,
+                        lineage=engine.lineage,
+                        norm=float(flat.double().norm()),
+                        head=flat[:64].tolist(),
+                        schedule=engine.schedule_state.model_dump(),
+                        rate=engine.learning_rate,
+                    )
         engine.leave()
         engine.say_goodbye()
         say(left=engine.round)

@@ -83,4 +83,11 @@ def test_peers_with_other_tensors_or_codecs_have_another_layout() -> None:
 
 
 def test_equal_bytes_have_equal_digests() -> None:
-    assert digest_of([b"a", b"bc"]) == digest_of([b"a", b"bc"]) != digest_of([b"a", b"bd"])
+    digest = digest_of([b"a", b"bc"], {"asha": 3.0, "mitu": 4.0}, "")
+    assert digest == digest_of([b"a", b"bc"], {"mitu": 4, "asha": 3}, "")
+    others = [
+        digest_of([b"a", b"bd"], {"asha": 3.0, "mitu": 4.0}, ""),
+        digest_of([b"a", b"bc"], {"asha": 4.0, "mitu": 3.0}, ""),
+        digest_of([b"a", b"bc"], {"asha": 3.0, "mitu": 4.0}, "anneal"),
+    ]
+    assert digest not in others

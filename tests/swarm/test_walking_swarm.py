@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         tokenizer=TokenizerSpec(vocab_size=200),
         data=DataSpec(sources=(FileSource(kind="file", path=str(corpus)),), sequence_length=32, heldout_share=0.05),
         optimizer=OptimizerSpec(learning_rate=1e-2),
-        schedule=ScheduleSpec(warmup_rounds=2, total_rounds=1_000),
+        schedule=ScheduleSpec(warmup_samples=32),
         swarm=SwarmSpec(target_batch_size=1_200, matchmaking_seconds=1.5, averaging_timeout=20.0, checkpoint_rounds=2),
     )
     run_dir = tmp_path / "run"

@@ -37,7 +37,9 @@ class FakeEngine:
         self.loading = ("weights", 10 - self.looks, 10)
         return self.looks <= 0
 
-    def take_over(self, parameters: list[torch.Tensor], _optimizer: object, round_number: int, lineage: str) -> None:
+    def take_over(
+        self, parameters: list[torch.Tensor], _optimizer: object, round_number: int, lineage: str, _state: object
+    ) -> None:
         self.taken_over = parameters, round_number, lineage
 
 

@@ -143,6 +143,26 @@ def _user_name() -> str:
 
 
 @app.command()
+def anneal(
+    run_dir: Annotated[Path, typer.Argument(help="The run's folder, made by `kantha create`.")],
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Over how many samples. Default: a quarter of those seen, a fifth of the whole."),
+    ] = None,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Take it back, and go on at the full learning rate.")
+    ] = False,
+) -> None:
+    """Bring a run to its end: the learning rate falls to zero, and then all volunteers leave.
+
+    Most of the last gain comes in this phase, so leave time for it. The running swarm takes the order up by itself.
+    """
+    from kantha.cli.anneal import anneal_run
+
+    anneal_run(run_dir, samples, cancel, _say)
+
+
+@app.command()
 def export(
     run_dir: Annotated[
         Path, typer.Argument(help="A run's folder (its newest checkpoint is taken), or a checkpoint's.")

@@ -5,6 +5,7 @@ run.yaml          the frozen run spec
 tokenizer.json    trained when the run was created; its digest is in the spec
 keys/run.pem      the run's Ed25519 key, signs membership certificates (owner only)
 keys/peer.key     the coordinator's libp2p identity (owner only)
+order.json        the organizer's last order, signed by the run's key: to anneal
 ledger.sqlite     members, and what each did in each round
 checkpoints/      round-*/, newest last
 swarm/            snapshots for peers that join
@@ -22,15 +23,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kantha.corpus import save_tokenizer, train_tokenizer
 from kantha.digests import FileDigest, check_file, digest_of
-from kantha.errors import NewerRunError, RunDirectoryError, SpecError, StorageError
-from kantha.spec import RunSpec, dump_spec, load_spec
+from kantha.errors import NewerRunError, OrderError, RunDirectoryError, SpecError, StorageError
+from kantha.spec import RunSpec, ScheduleState, dump_spec, load_spec
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.membership import RunKey
+from kantha.swarm.orders import Order, read_order
 from kantha.training import Replica
 from kantha.training.checkpoint import SPEC_FILE, TOKENIZER_FILE, checkpoint_folder
 
 LEDGER_FILE = "ledger.sqlite"
-FORMAT = 3  # 1 had no lineage, and other rounds; 2 had other specs
+ORDER_FILE = "order.json"
+FORMAT = 4  # 1 had no lineage, and other rounds; 2 and 3 had other specs
+_BEGINNING = ScheduleState()
 _LOCK_SECONDS = 5.0  # the children of a coordinator that was killed hold the lock until they have died, too
 
 
@@ -51,6 +55,7 @@ class RunDirectory:
         self.tokenizer = path / TOKENIZER_FILE
         self.checkpoints = path / "checkpoints"
         self.ledger = path / LEDGER_FILE
+        self.order = path / ORDER_FILE
         self.log = path / "log" / "coordinator.log"
         self._lock = FileLock(path / ".lock", timeout=_LOCK_SECONDS)
 
@@ -163,7 +168,27 @@ class RunDirectory:
         found = digest_of(self.tokenizer)
         return found.model_copy(update={"sha256": self.spec.tokenizer.sha256 or found.sha256})
 
-    def save_checkpoint(self, replica: Replica, round_number: int, lineage: str = "") -> Path:
+    def give_order(self, order: Order) -> None:
+        """For the coordinator to take up, now or when it starts. Raises `StorageError`."""
+        try:
+            self._write_whole(ORDER_FILE, order.model_dump_json())
+        except OSError as error:
+            raise self._refused(ORDER_FILE, error) from None
+
+    def read_order(self) -> str | None:
+        """The organizer's last order, genuine; None: none was given. Raises `OrderError`."""
+        try:
+            text = self.order.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise OrderError(f"{self.order}: cannot be read ({error}); give it again with `kantha anneal`") from None
+        read_order(text, self.key().public_key, self.spec.fingerprint)
+        return text
+
+    def save_checkpoint(
+        self, replica: Replica, round_number: int, lineage: str = "", schedule: ScheduleState = _BEGINNING
+    ) -> Path:
         """Raises `StorageError`; the checkpoints before are untouched then."""
         folder = checkpoint_folder(self.checkpoints, round_number)
         replica.save(
@@ -171,6 +196,7 @@ class RunDirectory:
             round_number,
             lineage,
             {SPEC_FILE: dump_spec(self.spec).encode(), TOKENIZER_FILE: self.tokenizer.read_bytes()},
+            schedule=schedule,
         )
         return folder
 
@@ -189,10 +215,13 @@ class RunDirectory:
         )
 
     def _write(self) -> None:
+        self._write_whole("run.json", self._file.model_dump_json(indent=1))
+
+    def _write_whole(self, name: str, text: str) -> None:
         """Whole or not at all, even where the machine loses power."""
-        partial = self.path / ".run.json"
+        partial = self.path / f".{name}"
         with partial.open("w", encoding="utf-8") as file:
-            file.write(self._file.model_dump_json(indent=1))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self.path / "run.json")
+        partial.replace(self.path / name)

@@ -18,7 +18,15 @@ from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import TOKENIZER_FILE, RunDirectory
 from kantha.coordinator.status import RunStatus, VolunteerStatus
 from kantha.digests import digest_of
-from kantha.errors import DigestError, MembershipError, PortTakenError, RunDirectoryError, StorageError, SwarmError
+from kantha.errors import (
+    DigestError,
+    MembershipError,
+    OrderError,
+    PortTakenError,
+    RunDirectoryError,
+    StorageError,
+    SwarmError,
+)
 from kantha.swarm.membership import Certificate, MembershipRequest
 from kantha.swarm.node import Node
 from kantha.swarm.reports import Report, RoundReport
@@ -66,6 +74,8 @@ class Coordinator:
         self._replica = Replica(run.spec)
         self.resumed_from = self._load_newest_checkpoint()
         self._checkpoint_round = self._replica.round
+        self._order_written: float | None = None  # when the order that was read was written
+        self._said_annealed: float | None = self._replica.schedule_state.annealed
         self._no_save_before = 0.0  # time.monotonic() until which a full disk is left alone
         try:
             self._node = Node(
@@ -85,6 +95,8 @@ class Coordinator:
             self._replica.schedule,
             self._replica.round,
             lineage=self._replica.lineage,
+            schedule_state=self._replica.schedule_state,
+            run_key=self._key.public_key,
             role="averager",
             folder=run.path / "swarm",
         )
@@ -139,10 +151,46 @@ class Coordinator:
         checkpoint_rounds = self.run.spec.swarm.checkpoint_rounds
         while not self._stop.wait(_SAVE_SECONDS):
             self._engine.raise_if_failed()
+            self._take_up_order()
             newer = self._engine.round - self._checkpoint_round
             # when the last volunteer has left, what it did must not be lost
-            if newer >= checkpoint_rounds or (newer > 0 and not self._engine.roster.present("trainer")):
+            is_last = self._engine.schedule_state.is_finished or not self._engine.roster.present("trainer")
+            if newer >= checkpoint_rounds or (newer > 0 and is_last):
                 self._save_if_newer()
+            self._say_how_annealing_goes()
+
+    def _take_up_order(self) -> None:
+        """Look for an order that `kantha anneal` left in the run's folder."""
+        try:
+            written = self.run.order.stat().st_mtime
+        except FileNotFoundError:
+            return
+        if written == self._order_written:
+            return
+        self._order_written = written
+        try:
+            order = self.run.read_order()
+        except OrderError as error:
+            self._say(str(error))
+            return
+        if order is not None:
+            self._save_if_newer()  # so that the run can go on from just before
+            self._engine.give_order(order)
+
+    def _say_how_annealing_goes(self) -> None:
+        state, before = self._engine.schedule_state, self._said_annealed
+        if state.annealed == before:
+            return
+        self._said_annealed = state.annealed
+        if state.annealed is None:
+            self._say("annealing was taken back: the learning rate is at its peak again")
+        elif before is None:
+            self._say(f"round {self._engine.round}: annealing began, over {state.anneal_samples:,} samples")
+        elif state.is_finished:
+            self._say(
+                f"round {self._engine.round}: the run is annealed and finished, volunteers are thanked and leave; "
+                f"`kantha publish {self.run.path} OWNER/NAME` puts the model on the hub"
+            )
 
     def _save_if_newer(self) -> None:
         if time.monotonic() < self._no_save_before:
@@ -162,7 +210,7 @@ class Coordinator:
             )
             return
         try:
-            self.run.save_checkpoint(self._replica, number, self._engine.lineage)
+            self.run.save_checkpoint(self._replica, number, self._engine.lineage, self._engine.schedule_state)
             self._checkpoint_round = number
             drop_old_checkpoints(self.run.checkpoints)
             self._say(f"round {number}: checkpoint saved")
@@ -292,14 +340,14 @@ class Coordinator:
         number = self._engine.round
         in_round = sum(report.samples for report, _ in present.values() if report.round >= number)
         speed = sum(report.samples_per_second for report, _ in present.values())
-        remaining = max(0, spec.swarm.target_batch_size - in_round)
+        remaining = max(0, self._engine.target - in_round)
         return RunStatus(
             name=spec.name,
             goal=spec.goal,
             fingerprint=spec.fingerprint,
             address=self.address,
             round=number,
-            target_batch_size=spec.swarm.target_batch_size,
+            target_batch_size=self._engine.target,
             samples_in_round=in_round,
             samples=sum(round.samples for round in rounds),
             samples_per_second=speed,
@@ -307,6 +355,8 @@ class Coordinator:
             failed_rounds=sum(round.failed for round in rounds),
             computing_share=self._ledger.computing_share(),
             checkpoint_round=self._checkpoint_round,
+            learning_rate=self._engine.learning_rate,
+            annealed=self._engine.schedule_state.annealed,
             volunteers=sorted(
                 (
                     _volunteer(peer_id, names.get(peer_id, "?"), totals.get(peer_id, 0), report, silent)

@@ -40,7 +40,7 @@ class RunStatus(BaseModel):
     fingerprint: str
     address: str = Field(description="The run's link, which volunteers join by.")
     round: int = Field(description="Finished rounds of the swarm.")
-    target_batch_size: int
+    target_batch_size: int = Field(description="Samples that make the running round.")
     samples_in_round: int = Field(description="Samples of all volunteers towards the running round.")
     samples: int = Field(description="Samples in all finished rounds.")
     samples_per_second: float = Field(description="What the present volunteers compute together.")
@@ -50,6 +50,10 @@ class RunStatus(BaseModel):
         description="Share of the volunteers' time that they computed; the rest was lost to communication."
     )
     checkpoint_round: int = Field(description="Round of the newest checkpoint.")
+    learning_rate: float = Field(description="Of the step that ends the running round.")
+    annealed: float | None = Field(
+        description="Share of the annealing that is done, 0 to 1; at 1 the run is finished. None: it was not ordered."
+    )
     volunteers: list[VolunteerStatus] = Field(description="Who is here now, by name.")
     rounds: list[RoundStatus] = Field(
         description=f"The last {ROUNDS_TOLD} finished rounds, oldest first; the totals above are of all of them."

@@ -1,12 +1,11 @@
-"""LAMB (You et al. 2020, arXiv 1904.00962) and the learning rate by round."""
+"""The optimizers: LAMB (You et al. 2020, arXiv 1904.00962) and AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
 
 from typing import Any
 
 import torch
 from pytorch_optimizer import Lamb
-from torch.optim.lr_scheduler import LambdaLR
 
-from kantha.spec import RunSpec
+from kantha.spec import OptimizerSpec, RunSpec
 
 
 def parameter_groups(model: torch.nn.Module, spec: RunSpec) -> list[dict[str, Any]]:
@@ -19,8 +18,16 @@ def parameter_groups(model: torch.nn.Module, spec: RunSpec) -> list[dict[str, An
 
 
 def build_optimizer(groups: list[dict[str, Any]], spec: RunSpec) -> torch.optim.Optimizer:
-    """The spec's optimizer over `groups`, its state allocated and zero: ready for a peer's state to be loaded."""
-    values = spec.optimizer
+    """The spec's optimizer over `groups`, its state allocated and zero: ready for a peer's state to be loaded.
+
+    Its rate is set before every step, see `kantha.spec.Schedule`.
+    """
+    optimizer = _lamb(groups, spec.optimizer) if spec.optimizer.name == "lamb" else _adamw(groups, spec.optimizer)
+    _allocate_state(optimizer)
+    return optimizer
+
+
+def _lamb(groups: list[dict[str, Any]], values: OptimizerSpec) -> torch.optim.Optimizer:
     optimizer = Lamb(
         groups,
         lr=values.learning_rate,
@@ -32,7 +39,19 @@ def build_optimizer(groups: list[dict[str, Any]], spec: RunSpec) -> torch.optim.
         max_grad_norm=values.max_grad_norm,
     )
     optimizer.clamp = values.weight_norm_clamp
-    _allocate_state(optimizer)
+    return optimizer
+
+
+def _adamw(groups: list[dict[str, Any]], values: OptimizerSpec) -> torch.optim.Optimizer:
+    betas = (values.beta1, values.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=values.learning_rate, betas=betas, eps=values.epsilon, fused=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip(*_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, values.max_grad_norm)
+
+    if values.max_grad_norm:
+        optimizer.register_step_pre_hook(clip)
     return optimizer
 
 
@@ -46,21 +65,15 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
             p.grad = torch.zeros_like(p)
     optimizer.step()
     for group, rate, previous in zip(optimizer.param_groups, rates, gradients, strict=True):
-        group["lr"], group["step"] = rate, 0
+        group["lr"] = rate
         for p, gradient in zip(group["params"], previous, strict=True):
             p.grad = gradient
+    set_steps(optimizer, 0)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, spec: RunSpec) -> LambdaLR:
-    """Linear warm-up to the peak, then linear decay to zero, by round: one `step()` a round."""
-    warmup, total = spec.schedule.warmup_rounds, spec.schedule.total_rounds
-
-    def factor(round_number: int) -> float:
-        if round_number < warmup:
-            return (round_number + 1) / (warmup + 1)
-        return max(0.0, (total - round_number) / (total - warmup))
-
-    schedule = LambdaLR(optimizer, factor)
-    # a replica that is loaded made its steps elsewhere; PyTorch would warn of a schedule that runs ahead
-    optimizer._opt_called = True  # type: ignore[attr-defined]
-    return schedule
+def set_steps(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """How many steps were made: AdamW corrects the bias of its moments by it, LAMB has no use for it."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if "step" in optimizer.state[p]:
+                optimizer.state[p]["step"].fill_(number)

@@ -19,9 +19,11 @@ from kantha.errors import printable
 from kantha.evaluation import FilledMask
 from kantha.publishing.picture import RoundLoss
 from kantha.publishing.scores import Metric, Score
-from kantha.spec import FileSource, HuggingFaceSource, RunSpec, ShobdoSource, Source
+from kantha.spec import FileSource, HuggingFaceSource, RunSpec, ScheduleState, ShobdoSource, Source
 
 _HOUR = 3600.0
+_BEGINNING = ScheduleState()
+_OPTIMIZERS = {"lamb": "LAMB (You et al. 2020)", "adamw": "AdamW (Loshchilov and Hutter 2019)"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Model:
     spec: RunSpec
     round: int
     parameters: int
+    schedule: ScheduleState = _BEGINNING  # where it was taken
     examples: Sequence[FilledMask] = ()  # what it fills in, on held-out sentences
     repository: str | None = None  # its name on the hub
 
@@ -236,7 +239,7 @@ def _source_details(source: Source) -> str:
 
 def _recipe(model: Model) -> Iterator[str]:
     spec = model.spec
-    shape, optimizer, schedule = spec.model, spec.optimizer, spec.schedule
+    shape, optimizer = spec.model, spec.optimizer
     groups = _plural(shape.layer_groups, "group of weights", "groups of weights")
     clipping = f", gradient clipped to norm {optimizer.max_grad_norm:g}" if optimizer.max_grad_norm else ""
     wire = {"none": "in full", "fp16": "in 16 bits", "8bit": "in 8 bits"}[spec.swarm.compression]
@@ -265,22 +268,41 @@ def _recipe(model: Model) -> Iterator[str]:
                 f"{spec.objective.swapped_share:.0%} of the pairs swapped",
             ),
             ("example", f"{spec.data.sequence_length} tokens; the model reads up to {shape.max_positions}"),
-            ("batch", f"about {spec.swarm.target_batch_size:,} examples from all volunteers together"),
+            ("batch", _batch(spec)),
             (
                 "optimizer",
-                f"LAMB (You et al. 2020): learning rate {optimizer.learning_rate:g}, betas {optimizer.beta1:g} and "
-                f"{optimizer.beta2:g}, epsilon {optimizer.epsilon:g}, weight decay "
+                f"{_OPTIMIZERS[optimizer.name]}: learning rate {optimizer.learning_rate:g}, betas {optimizer.beta1:g} "
+                f"and {optimizer.beta2:g}, epsilon {optimizer.epsilon:g}, weight decay "
                 f"{optimizer.weight_decay:g}{clipping}",
             ),
             (
                 "schedule",
-                f"linear warm-up over {schedule.warmup_rounds:,} rounds, then linear decay to zero at round "
-                f"{schedule.total_rounds:,}; this is the model after round {model.round:,}",
+                _schedule(spec, model.schedule, model.round),
             ),
             ("averaging", f"gradients, weighted by samples, {wire}"),
             ("seed", str(spec.seed)),
         ),
     )
+
+
+def _batch(spec: RunSpec) -> str:
+    full, schedule = spec.swarm.target_batch_size, spec.schedule
+    growing = (
+        f", growing from {schedule.first_batch_size:,} over the first {schedule.ramp_samples:,}"
+        if schedule.ramp_samples
+        else ""
+    )
+    return f"about {full:,} examples from all volunteers together{growing}"
+
+
+def _schedule(spec: RunSpec, state: ScheduleState, round_number: int) -> str:
+    warmup = f"linear warm-up over {spec.schedule.warmup_samples:,} examples" if spec.schedule.warmup_samples else ""
+    phases = [warmup or "no warm-up", "then constant"]
+    if state.annealed is not None:
+        phases.append(f"annealed as 1 − √x over the last {state.anneal_samples:,}")
+        if not state.is_finished:
+            phases[-1] += f", of which {state.annealed:.0%} are done"
+    return f"{', '.join(phases)}; this is the model after round {round_number:,}, {state.samples:,} examples"
 
 
 def _training(facts: TrainingFacts, round_number: int, picture: str | None) -> Iterator[str]:

@@ -90,6 +90,7 @@ def export_model(
                 spec,
                 replica.round,
                 sum(parameter.numel() for parameter in replica.parameters),
+                replica.schedule_state,
                 _fill_heldout(spec, pieces, partial),
                 repository,
             ),

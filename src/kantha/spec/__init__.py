@@ -19,6 +19,7 @@ from kantha.spec.models import (
     TokenizerSpec,
 )
 from kantha.spec.presets import PRESETS
+from kantha.spec.schedule import Schedule, ScheduleState
 
 __all__ = [
     "PRESETS",
@@ -32,7 +33,9 @@ __all__ = [
     "OneLine",
     "OptimizerSpec",
     "RunSpec",
+    "Schedule",
     "ScheduleSpec",
+    "ScheduleState",
     "ShobdoSource",
     "Source",
     "SwarmSpec",

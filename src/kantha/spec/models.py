@@ -141,29 +141,30 @@ class ObjectiveSpec(_Part):
 
 
 class OptimizerSpec(_Part):
-    """LAMB (You et al. 2020, arXiv 1904.00962), which bears large batches."""
+    """LAMB (You et al. 2020, arXiv 1904.00962), which bears large batches, or AdamW (Loshchilov and Hutter 2019)."""
 
-    name: Literal["lamb"] = Field("lamb", description="The optimizer.")
+    name: Literal["lamb", "adamw"] = Field(
+        "lamb", description="lamb scales each matrix's step by the norm of its weights, adamw does not."
+    )
     learning_rate: float = Field(1.76e-3, gt=0, description="Peak learning rate.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of the gradient.")
     beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the mean of the squared gradient.")
     epsilon: float = Field(1e-6, gt=0, description="Added to the denominator.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay; not on biases and LayerNorm.")
-    weight_norm_clamp: float = Field(1e4, gt=0, description="Upper bound of the weight norm in the trust ratio.")
+    weight_norm_clamp: float = Field(1e4, gt=0, description="Upper bound of the weight norm in LAMB's trust ratio.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the averaged gradient to this norm; 0 does not clip.")
 
 
 class ScheduleSpec(_Part):
-    """The learning rate by round: linear warm-up, then linear decay."""
+    """Learning rate and batch size by samples seen; the annealing at the end is ordered by `kantha anneal`."""
 
-    warmup_rounds: int = Field(5_000, ge=0, description="Rounds until the peak learning rate.")
-    total_rounds: int = Field(125_000, ge=1, description="Round at which the learning rate reaches zero.")
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> "ScheduleSpec":
-        if self.warmup_rounds >= self.total_rounds:
-            raise ValueError(f"warmup_rounds {self.warmup_rounds} must be below total_rounds {self.total_rounds}")
-        return self
+    warmup_samples: int = Field(
+        2_000_000, ge=0, description="Samples over which the learning rate rises to its peak, where it stays."
+    )
+    ramp_samples: int = Field(
+        0, ge=0, description="Samples over which a round grows from first_batch_size to its full size; 0: full at once."
+    )
+    first_batch_size: int = Field(256, ge=1, description="Examples that make the first round, where rounds grow.")
 
 
 class SwarmSpec(_Part):
@@ -196,7 +197,7 @@ class RunSpec(_Part):
     data: DataSpec = Field(description="The text and how examples are cut from it.")
     objective: ObjectiveSpec = Field(ObjectiveSpec(), description="What the model learns to guess.")
     optimizer: OptimizerSpec = Field(OptimizerSpec(), description="How gradients become steps.")
-    schedule: ScheduleSpec = Field(ScheduleSpec(), description="The learning rate by round.")
+    schedule: ScheduleSpec = Field(ScheduleSpec(), description="Learning rate and batch size by samples seen.")
     swarm: SwarmSpec = Field(SwarmSpec(), description="How the peers work together.")
     services: dict[Literal["local", "kaggle", "colab"], ServiceSpec] = Field(
         {"local": ServiceSpec(max_instances=4), "kaggle": ServiceSpec(), "colab": ServiceSpec()},
@@ -209,6 +210,15 @@ class RunSpec(_Part):
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is longer than "
                 f"model.max_positions {self.model.max_positions}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_grow(self) -> "RunSpec":
+        if self.schedule.ramp_samples and self.schedule.first_batch_size > self.swarm.target_batch_size:
+            raise ValueError(
+                f"schedule.first_batch_size {self.schedule.first_batch_size} is larger than "
+                f"swarm.target_batch_size {self.swarm.target_batch_size}, to which rounds shall grow"
             )
         return self
 

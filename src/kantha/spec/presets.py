@@ -34,7 +34,7 @@ PRESETS: dict[str, RunSpec] = {
         objective=ObjectiveSpec(masking="token"),  # easier than runs of words: the loss falls within minutes
         # at twice the rate, gradients that are one round late cost 2 % of the loss after 50 rounds; at this one nothing
         optimizer=OptimizerSpec(learning_rate=2.5e-2, beta2=0.98),
-        schedule=ScheduleSpec(warmup_rounds=3, total_rounds=2_000),
+        schedule=ScheduleSpec(warmup_samples=1_000),
         swarm=SwarmSpec(target_batch_size=256, matchmaking_seconds=5.0, averaging_timeout=30.0, checkpoint_rounds=5),
         services={"local": ServiceSpec(max_instances=16)},
     ),
@@ -48,6 +48,5 @@ PRESETS: dict[str, RunSpec] = {
         goal="An ALBERT-large for Bengali, as sahajBERT was, trained by volunteers.",
         model=ModelSpec(hidden_size=1024, intermediate_size=4096, layers=24, attention_heads=16),
         data=DataSpec(sources=_BENGALI_WEB),
-        schedule=ScheduleSpec(warmup_rounds=5_000, total_rounds=1_000_000),
     ),
 }

@@ -24,7 +24,7 @@ from kantha.swarm.parts import CodecError, Layout, decode, encode
 STALL = 10.0  # seconds without the next part, after which a reducer gives a sender up
 REPLY = 20.0  # the same for a member that waits for a reducer, which may itself be waiting for another
 LINGER = 0.25  # seconds that a streamed answer stays open after its last message: p2pd resets it when it is closed
-_MAX_WEIGHT = 1e9  # samples
+MAX_WEIGHT = 1e9  # samples
 _Data = averaging_pb2.AveragingData
 
 
@@ -169,7 +169,7 @@ class AllReduce:
         try:
             weights = json.loads(message.group_id)
             good = weights.keys() == {member.peer for member in self.group.members} and all(
-                isinstance(weight, float | int) and 0 <= weight <= _MAX_WEIGHT for weight in weights.values()
+                isinstance(weight, float | int) and 0 <= weight <= MAX_WEIGHT for weight in weights.values()
             )
         except (ValueError, AttributeError):
             good = False
@@ -228,7 +228,7 @@ class AllReduce:
 
     async def _receive(self, sender: str, weight: float, stream: AsyncIterator[Any]) -> None:
         try:
-            if not (math.isfinite(weight) and 0 <= weight <= _MAX_WEIGHT):
+            if not (math.isfinite(weight) and 0 <= weight <= MAX_WEIGHT):
                 raise CodecError("a weight that is none")
             self._arrive(sender, weight)
             if weight > 0:

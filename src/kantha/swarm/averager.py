@@ -23,9 +23,9 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, AsyncIterator, Literal  # noqa: UP035  hivemind finds streaming calls by the typing one only
+from typing import Annotated, Any, AsyncIterator, Literal  # noqa: UP035  hivemind finds streaming calls by the typing one only
 
 import torch
 from hivemind.averaging import DecentralizedAverager
@@ -33,10 +33,11 @@ from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2, runtime_pb2
 from pydantic import BaseModel, ConfigDict, Field
 
-from kantha.errors import DigestError, ProcessEndedError, SwarmError
-from kantha.swarm.allreduce import LINGER, AllReduce, AllReduceError
+from kantha.errors import DigestError, OrderError, ProcessEndedError, SwarmError
+from kantha.swarm.allreduce import LINGER, MAX_WEIGHT, AllReduce, AllReduceError
 from kantha.swarm.groups import Agreement, Dissolved, Group, Member, Refusal, RollCall, Status
 from kantha.swarm.node import Node
+from kantha.swarm.orders import MOST_BYTES, read_order
 from kantha.swarm.parts import Layout, decode, digest_of, encode
 from kantha.swarm.rounds import UPDATES_KEPT, Attempt, End
 from kantha.swarm.snapshots import FILES, PIECE, SnapshotManifest, read_manifest, read_piece
@@ -84,7 +85,8 @@ class UpdateHeader(_Model):
     group: str = Field(max_length=64)
     base: str = Field(max_length=64, description="Lineage of the round before.")
     digest: str = Field(max_length=64)
-    samples: dict[str, float] = Field(max_length=_MOST_MEMBERS)
+    samples: dict[str, Annotated[float, Field(ge=0, le=MAX_WEIGHT)]] = Field(max_length=_MOST_MEMBERS)
+    order: str = Field("", max_length=MOST_BYTES, description="The organizer's newest, see `orders.py`.")
 
 
 class _Gift(_Model):
@@ -159,10 +161,19 @@ class Tally:
 class Averager(DecentralizedAverager):
     """See the module. Made in the main thread, before CUDA is initialised: it forks."""
 
-    def __init__(self, node: Node, layout: Layout, averaging_timeout: float, patience: float, folder: Path) -> None:
+    def __init__(
+        self,
+        node: Node,
+        layout: Layout,
+        averaging_timeout: float,
+        patience: float,
+        folder: Path,
+        run_key: str | None,
+    ) -> None:
         """
         :param patience: seconds that a group waits for a peer that does not come
         :param folder: for snapshots
+        :param run_key: public key whose orders are followed, in hex
         """
         self.layout = layout
         self.waiting = torch.zeros(layout.values)  # sums over samples that wait for a group
@@ -175,6 +186,8 @@ class Averager(DecentralizedAverager):
         self._folder = folder
         self._timeout, self._patience = averaging_timeout, patience
         self._me = Member(node.peer_id, not node.outbound_only)
+        self._run, self._run_key = node.run, run_key
+        self._order = ""  # the organizer's newest that is known here
         self._replica: tuple[int, str, bool] = (0, "", False)  # round, lineage, whether whole
         self._roll: RollCall | None = None
         self._roll_ended: asyncio.Future[Group | Dissolved] | None = None
@@ -262,6 +275,9 @@ class Averager(DecentralizedAverager):
         self._replica = (round_number, lineage, ready)
         if self._roll is not None and self._roll.round <= round_number:
             self._end_roll(Dissolved("the round is over"))
+
+    async def do_give_order(self, order: str) -> None:
+        self._hear_order(order)
 
     async def do_attempt(self, attempt: Attempt, not_before: float) -> None:
         """Form a group and average; says `attempt_ended`."""
@@ -412,6 +428,7 @@ class Averager(DecentralizedAverager):
         while not ended.done():
             outcome = roll.poll(time.monotonic(), uuid.uuid4().hex)
             if isinstance(outcome, Group):
+                outcome = replace(outcome, order=self._order)
                 self._register(outcome)
             if outcome is not None:
                 self._end_roll(outcome)
@@ -424,7 +441,7 @@ class Averager(DecentralizedAverager):
         request = averaging_pb2.JoinRequest(
             schema_hash=self.layout.digest,
             client_mode=not self._me.dialable,
-            gather=json.dumps({"round": attempt.round, "lineage": attempt.lineage}).encode(),
+            gather=json.dumps({"round": attempt.round, "lineage": attempt.lineage, "order": self._order}).encode(),
         )
         deadline = time.monotonic() + self._patience
         while True:
@@ -466,14 +483,26 @@ class Averager(DecentralizedAverager):
                 await stream.aclose()
 
     def _parse_group(self, message: Any, attempt: Attempt) -> Group:
+        order = message.gathered[-1].decode()
         members = tuple(
             Member(str(PeerID.from_base58(peer.decode())), dialable == b"1")
-            for peer, dialable in zip(message.ordered_peer_ids, message.gathered, strict=True)
+            for peer, dialable in zip(message.ordered_peer_ids, message.gathered[:-1], strict=True)
         )
         peers = [member.peer for member in members]
         if peers != sorted(set(peers)) or self._me not in members or len(members) > _MOST_MEMBERS:
             raise SwarmError("a damaged list of members")
-        return Group(message.group_id.decode(), attempt.round, attempt.lineage, members)
+        self._hear_order(order)
+        return Group(message.group_id.decode(), attempt.round, attempt.lineage, members, order)
+
+    def _hear_order(self, order: str) -> None:
+        """Keep the newest. Raises `OrderError` where it is not the organizer's."""
+        if order in ("", self._order):
+            return
+        if self._run_key is None:
+            raise OrderError("an order, where nobody's is followed")
+        heard = read_order(order, self._run_key, self._run)
+        if not self._order or heard.number > read_order(self._order, self._run_key, self._run).number:
+            self._order = order
 
     async def rpc_join_group(
         self, request: averaging_pb2.JoinRequest, context: P2PContext
@@ -483,9 +512,10 @@ class Averager(DecentralizedAverager):
         try:
             wish = json.loads(request.gather)
             wished_round, lineage = int(wish["round"]), str(wish["lineage"])
+            self._hear_order(str(wish["order"]))
             if request.schema_hash != self.layout.digest:
                 raise ValueError("other tensors")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OrderError):
             yield answer(code=averaging_pb2.PROTOCOL_VIOLATION, group_id=Refusal.LINEAGE.value.encode())
             await asyncio.sleep(LINGER)
             return
@@ -513,7 +543,10 @@ class Averager(DecentralizedAverager):
                     code=averaging_pb2.BEGIN_ALLREDUCE,
                     group_id=outcome.id.encode(),
                     ordered_peer_ids=[member.peer.encode() for member in outcome.members],
-                    gathered=[b"1" if member.dialable else b"0" for member in outcome.members],
+                    gathered=[
+                        *(b"1" if member.dialable else b"0" for member in outcome.members),
+                        outcome.order.encode(),
+                    ],
                 )
             elif self._following is not None:
                 yield answer(code=averaging_pb2.NOT_A_LEADER, suggested_leader=self._following.encode())
@@ -580,7 +613,7 @@ class Averager(DecentralizedAverager):
             while not agreement.decided:
                 now = time.monotonic()
                 if agreement.status is Status.RUNNING and allreduce.is_whole:
-                    running.digest = digest_of([allreduce.results[i] for i in range(len(self.layout.parts))])
+                    running.digest = self._digest(allreduce)
                     agreement.hold(now)
                 elif run.done() and not allreduce.is_whole and not reason:
                     error = run.exception()
@@ -608,16 +641,7 @@ class Averager(DecentralizedAverager):
                 agreement.status = Status.ABANDONED
         if agreement.status is not Status.COMMITTED:
             return End.BROKEN, reason or f"not agreed upon: {agreement.status.value}"
-        update = _Update(
-            UpdateHeader(
-                round=group.round,
-                group=group.id,
-                base=group.lineage,
-                digest=running.digest,
-                samples=allreduce.weights,
-            ),
-            [allreduce.results[i] for i in range(len(self.layout.parts))],
-        )
+        update = _Update(_header(running), [allreduce.results[i] for i in range(len(self.layout.parts))])
         self._keep(update)
         with self.lock_averaged_tensors:  # the errors of what was sent go into the next round's sums
             for index, lost in allreduce.sent_errors.items():
@@ -627,6 +651,10 @@ class Averager(DecentralizedAverager):
         self._errors.update(allreduce.errors)
         self._say("update", update.header.model_dump())
         return End.COMMITTED, ""
+
+    def _digest(self, allreduce: AllReduce) -> str:
+        parts = [allreduce.results[i] for i in range(len(self.layout.parts))]
+        return digest_of(parts, allreduce.weights, allreduce.group.order)
 
     async def _question(self, running: _Running, peer: str) -> None:
         """Ask a member how far it is with the group's result."""
@@ -674,7 +702,7 @@ class Averager(DecentralizedAverager):
             agreement.helpers.remove(peer)
             return
         _log.warning("round %d: missing parts were fetched from %s", allreduce.group.round, peer[-6:])
-        running.digest = digest_of([allreduce.results[i] for i in range(len(self.layout.parts))])
+        running.digest = self._digest(allreduce)
         agreement.hold(time.monotonic())
         await self._question(running, peer)  # tell it: two hold the result now
         if not agreement.decided and agreement._answers.get(peer) is Status.COMMITTED:
@@ -732,8 +760,9 @@ class Averager(DecentralizedAverager):
         parts = [encoded for _, encoded in await self._fetch_parts(peer, header.group, range(len(self.layout.parts)))]
         for part, encoded in zip(self.layout.parts, parts, strict=True):
             decode(encoded, part)
-        if digest_of(parts) != header.digest:
+        if digest_of(parts, header.samples, header.order) != header.digest:
             raise DigestError("its digest is not the one that was announced")
+        self._hear_order(header.order)
         return _Update(header, parts)
 
     async def rpc_fetch(self, request: averaging_pb2.DownloadData, context: P2PContext) -> averaging_pb2.DownloadData:
@@ -753,14 +782,7 @@ class Averager(DecentralizedAverager):
             if update.header.group == wanted.group:
                 return _message(update.header, b"".join(update.parts[index] for index in wanted.indices))
         running = self._running[wanted.group]
-        header = UpdateHeader(
-            round=running.allreduce.group.round,
-            group=wanted.group,
-            base=running.allreduce.group.lineage,
-            digest=running.digest,
-            samples=running.allreduce.weights,
-        )
-        return _message(header, b"".join(running.allreduce.results[index] for index in wanted.indices))
+        return _message(_header(running), b"".join(running.allreduce.results[index] for index in wanted.indices))
 
     # ---- snapshots
 
@@ -915,6 +937,18 @@ class Averager(DecentralizedAverager):
 
     def _stub(self, peer: str) -> Any:
         return self.get_stub(self._p2p, PeerID.from_base58(peer), namespace=self.prefix)
+
+
+def _header(running: _Running) -> UpdateHeader:
+    group = running.allreduce.group
+    return UpdateHeader(
+        round=group.round,
+        group=group.id,
+        base=group.lineage,
+        digest=running.digest,
+        samples=running.allreduce.weights,
+        order=group.order,
+    )
 
 
 def _message(metadata: BaseModel | None, content: bytes = b"") -> averaging_pb2.DownloadData:

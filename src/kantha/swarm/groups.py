@@ -43,6 +43,7 @@ class Group:
     round: int  # that it is to finish
     lineage: str  # of the round before; members have it in common
     members: tuple[Member, ...]  # sorted by peer
+    order: str = ""  # the organizer's newest that the leader knows (`orders.py`); followed with the result
 
     @property
     def reducers(self) -> tuple[str, ...]:

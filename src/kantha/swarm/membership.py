@@ -130,6 +130,9 @@ class RunKey:
         """In hex."""
         return self._key.public_key().public_bytes_raw().hex()
 
+    def sign(self, content: bytes) -> bytes:
+        return self._key.sign(content)
+
     def certify(self, request: MembershipRequest, peer_id: str) -> Certificate:
         now = int(time.time())
         membership = Membership(
@@ -141,4 +144,4 @@ class RunKey:
             issued=now,
             expires=now + LIFETIME,
         )
-        return Certificate(membership=membership, signature=self._key.sign(membership.canonical()).hex())
+        return Certificate(membership=membership, signature=self.sign(membership.canonical()).hex())

@@ -90,6 +90,7 @@ class Node:
         """
         self.identity = identity
         self.outbound_only = outbound_only
+        self.run = run
         self.prefix = f"kantha-{run[:32]}"
         try:
             self._bootstrap = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in bootstrap]

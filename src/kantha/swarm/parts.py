@@ -6,8 +6,9 @@ gradient of an embedding, it loses half of the norm, and this one 1 %.
 """
 
 import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -111,9 +112,9 @@ def decode(encoded: bytes, part: Part) -> torch.Tensor:
     return values
 
 
-def digest_of(parts: Sequence[bytes]) -> str:
-    """Of an averaged result: equal bytes, equal digest."""
-    digest = hashlib.sha256()
+def digest_of(parts: Sequence[bytes], samples: Mapping[str, float], order: str) -> str:
+    """Of an averaged result: equal bytes, samples by peer and order, equal digest."""
+    digest = hashlib.sha256(json.dumps([sorted((p, float(n)) for p, n in samples.items()), order]).encode())
     for part in parts:
         digest.update(part)
     return digest.hexdigest()

@@ -60,7 +60,7 @@ class PeerView:
 
 @dataclass(frozen=True)
 class RoundSettings:
-    target: int  # samples that make a round
+    target: int  # samples that make a round, at first
     patience: float  # seconds that a group waits for a peer that does not come
     averaging_timeout: float  # seconds until a group's deadline
 
@@ -202,6 +202,8 @@ class Rounds:
         self.samples = 0  # that wait for a group
         self.frozen_samples = 0  # in an attempt under way
         self.sketch: tuple[float, ...] = ()
+        self.target = settings.target  # where rounds grow, the engine changes it with each
+        self.is_finished = False  # the run is: no more rounds
         self._rate = 0.0
         self._trains = trains
         self._peers: Mapping[str, PeerView] = {}
@@ -420,10 +422,10 @@ class Rounds:
         return is_trainer, hashlib.sha256(f"{round_number}:{peer}".encode()).hexdigest()
 
     def _poll_attempt(self, now: float) -> Attempt | None:
-        if now < self._not_before or now - self._seen_at > OLD_NEWS:
+        if self.is_finished or now < self._not_before or now - self._seen_at > OLD_NEWS:
             return None
         samples, rate = self.progress(now)
-        missing = self.settings.target - samples
+        missing = self.target - samples
         soon = missing <= AHEAD * rate if rate > 0 else missing <= 0
         if not (self._called or self.frozen_samples or soon):
             return None
@@ -564,7 +566,7 @@ class Rounds:
         if self._handing_in and now - self._leaving < LEAVE:
             return []
         receivers = self._receivers(now) if self.ready else []
-        if self.samples > 0 and receivers and now - self._leaving < LEAVE:
+        if self.samples > 0 and receivers and not self.is_finished and now - self._leaving < LEAVE:
             self._handing_in = True
             return [HandIn(receivers[0])]
         self.phase = Phase.LEFT

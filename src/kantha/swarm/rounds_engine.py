@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from hivemind.utils import get_dht_time
-from torch.optim.lr_scheduler import LRScheduler
 
 from kantha import __version__
 from kantha.errors import DigestError, ProcessEndedError, SwarmError
-from kantha.spec import SwarmSpec
+from kantha.spec import Schedule, ScheduleState, SwarmSpec
 from kantha.swarm.averager import Averager, UpdateHeader
 from kantha.swarm.groups import Member
 from kantha.swarm.node import Node
+from kantha.swarm.orders import Order
 from kantha.swarm.parts import Layout
 from kantha.swarm.reports import LEFT, PRESENT, RENEWAL, FailedRound, Report, Roster
 from kantha.swarm.rounds import (
@@ -60,6 +60,7 @@ _LINEAGES_KEPT = 64  # rounds
 _SKETCH = 32  # values of a sketch
 _GOODBYES = 3  # attempts to say goodbye
 _ROUND_LIMIT = 10**7  # a peer that claims a later round is not believed
+_BEGINNING = ScheduleState()
 _log = logging.getLogger(__name__)
 
 
@@ -83,18 +84,21 @@ class RoundsEngine:
         settings: SwarmSpec,
         parameters: Sequence[torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        schedule: LRScheduler,
+        schedule: Schedule,
         round_number: int | None,
         *,
         lineage: str = "",
+        schedule_state: ScheduleState = _BEGINNING,
+        run_key: str | None = None,
         role: str = "trainer",
         folder: Path | None = None,
     ) -> None:
         """
         :param parameters: the replica's, on the CPU in fp32, in the order of `contribute`'s gradients
         :param optimizer: over the same parameters, its state allocated
-        :param schedule: the learning rate by round
+        :param schedule: learning rate and batch size
         :param round_number: of the state that the tensors hold; None: it is loaded from the swarm
+        :param run_key: public key of the run, in hex, whose orders are followed; None: nobody's
         :param role: trainer, or averager: takes part without gradients of its own
         :param folder: for snapshots; None: a temporary one
         """
@@ -107,9 +111,12 @@ class RoundsEngine:
         self._folder.mkdir(parents=True, exist_ok=True)
         for old in self._folder.glob("snapshot-*"):  # of a program that was killed
             shutil.rmtree(old, ignore_errors=True)
+        self.schedule_state = schedule_state
         layout = Layout([parameter.shape for parameter in parameters], settings.compression)
         rules = RoundSettings(settings.target_batch_size, settings.matchmaking_seconds, settings.averaging_timeout)
-        self._averager = Averager(node, layout, settings.averaging_timeout, settings.matchmaking_seconds, self._folder)
+        self._averager = Averager(
+            node, layout, settings.averaging_timeout, settings.matchmaking_seconds, self._folder, run_key
+        )
         self._averaging_timeout = settings.averaging_timeout
         self._rounds = Rounds(
             Member(node.peer_id, not node.outbound_only),
@@ -145,8 +152,8 @@ class RoundsEngine:
         self._seen: Mapping[str, PeerView] | None = None
         self._seen_at = time.monotonic()
         self._error: Exception | None = None
+        self._follow_schedule(schedule_state)
         if round_number is not None:
-            self._set_rate(round_number)
             self._weights_ready.set()
             self._averager.tell("set_replica", round_number, lineage, True)
         self._threads = [
@@ -169,8 +176,17 @@ class RoundsEngine:
 
     @property
     def target(self) -> int:
-        """Samples that make a round."""
-        return self._rounds.settings.target
+        """Samples that make the round."""
+        return self._rounds.target
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the round."""
+        return self._schedule.rate(self.schedule_state)
+
+    def give_order(self, order: str) -> None:
+        """Have the swarm follow an order of the organizer, from one of the next rounds on."""
+        self._averager.tell("give_order", order)
 
     @property
     def is_ready(self) -> bool:
@@ -203,6 +219,7 @@ class RoundsEngine:
         optimizer: torch.optim.Optimizer,
         round_number: int,
         lineage: str,
+        schedule_state: ScheduleState,
     ) -> None:
         """Go on from a state that came from outside the swarm: a checkpoint."""
         if not self._rounds.take_over(time.monotonic(), round_number, lineage):
@@ -213,7 +230,7 @@ class RoundsEngine:
                 for name, moment in self._optimizer.state[mine].items():
                     if isinstance(moment, torch.Tensor):
                         moment.copy_(optimizer.state[theirs][name])
-            self._set_rate(round_number)
+            self._follow_schedule(schedule_state)
             self._version += 1
         self._averager.tell("set_replica", round_number, lineage, True)
         self._weights_ready.set()
@@ -511,10 +528,12 @@ class RoundsEngine:
                 flat = self._averager.update[start : start + parameter.numel()]
                 parameter.grad = flat.view_as(parameter)
                 start += parameter.numel()
-            self._optimizer.step()
-            for parameter in self._parameters:
-                parameter.grad = None
-            self._set_rate(round_number)
+            state = self.schedule_state
+            if header.order:
+                order = Order.model_validate_json(header.order)  # its signature was checked when it came
+                state = state.obey(order.number, order.anneal_samples)
+            self._step(self._schedule.rate(state))
+            self._follow_schedule(state.advance(int(sum(header.samples.values()))))
             self._version += 1
             own = self._joined.get(header.group)
             self._rounds.applied(time.monotonic(), round_number, lineage, contributed=own is not None)
@@ -556,9 +575,19 @@ class RoundsEngine:
         for old in sorted(self._groups)[:-UPDATES_KEPT]:
             del self._groups[old]
 
-    def _set_rate(self, round_number: int) -> None:
-        self._schedule.last_epoch = round_number - 1
-        self._schedule.step()
+    def _step(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        for state in self._optimizer.state.values():
+            if "step" in state:  # AdamW corrects its moments by it; a state that was loaded made its steps elsewhere
+                state["step"].fill_(self.round)
+        self._optimizer.step()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _follow_schedule(self, state: ScheduleState) -> None:
+        self.schedule_state = state
+        self._rounds.target, self._rounds.is_finished = self._schedule.target(state), state.is_finished
 
     def _moments(self) -> list[dict[str, torch.Tensor]]:
         """The optimizer's tensors that have a parameter's shape and outlive a step, by parameter."""
@@ -588,7 +617,13 @@ class RoundsEngine:
                 if not self.is_ready:
                     raise SwarmError("no whole state")
                 manifest = write_snapshot(
-                    folder, self.round, self.lineage, self._groups, self._parameters, self._moments()
+                    folder,
+                    self.round,
+                    self.lineage,
+                    self.schedule_state,
+                    self._groups,
+                    self._parameters,
+                    self._moments(),
                 )
         except (OSError, SwarmError) as error:
             _log.warning("no snapshot could be written: %s", error)
@@ -617,7 +652,6 @@ class RoundsEngine:
         try:
             with self._replica:
                 load_moments(folder / "moments", self._moments())
-                self._set_rate(manifest.round)
                 self._become(manifest)
                 self._rounds.fetched(time.monotonic(), manifest.round, manifest.lineage, snapshot=True)
         except DigestError as error:
@@ -638,7 +672,6 @@ class RoundsEngine:
             with self._replica:
                 load_weights(folder / "weights", self._parameters)
                 load_moments(folder / "moments", self._moments())
-                self._set_rate(manifest.round)
                 self._version += 1
                 self._become(manifest)
         except DigestError as error:
@@ -651,6 +684,7 @@ class RoundsEngine:
     def _become(self, manifest: SnapshotManifest) -> None:
         self._sync()
         self._groups = dict(manifest.groups)
+        self._follow_schedule(manifest.schedule)
         self._rounds.sketch = self._sketch()
 
     def _handed_in(self, samples: int) -> None:

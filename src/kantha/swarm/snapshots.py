@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kantha.errors import DigestError
+from kantha.spec import ScheduleState
 
 PIECE = 2**20  # bytes
 FILES = ("weights", "moments")
@@ -34,6 +35,7 @@ class SnapshotManifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     round: int = Field(ge=0)
     lineage: str = Field(max_length=64)
+    schedule: ScheduleState
     groups: dict[int, str]  # the group whose result each of the last rounds was
     sizes: dict[str, int]
     pieces: dict[str, list[str]] = Field(description="SHA-256 of every piece, by file.")
@@ -53,6 +55,7 @@ def write_snapshot(
     folder: Path,
     round_number: int,
     lineage: str,
+    schedule: ScheduleState,
     groups: Mapping[int, str],
     weights: Sequence[torch.Tensor],
     moments: Sequence[Mapping[str, torch.Tensor]],
@@ -75,6 +78,7 @@ def write_snapshot(
     manifest = SnapshotManifest(
         round=round_number,
         lineage=lineage,
+        schedule=schedule,
         groups=dict(groups),
         sizes={name: len(content) for name, content in contents.items()},
         pieces={

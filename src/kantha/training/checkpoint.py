@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from safetensors.torch import load_file, save_file
 
 from kantha.digests import FileDigest, check_file, digest_of
 from kantha.errors import DigestError, NewerRunError, RunDirectoryError, StorageError
-from kantha.model import build_model, build_optimizer, build_schedule, parameter_groups
-from kantha.spec import RunSpec
+from kantha.model import build_model, build_optimizer, parameter_groups, set_steps
+from kantha.spec import RunSpec, Schedule, ScheduleState
 
-FORMAT = 1
+FORMAT = 2  # 1 had no place in the schedule
 MANIFEST = "checkpoint.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -34,7 +35,8 @@ SPEC_FILE = "run.yaml"
 TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINT_FILES = frozenset({MODEL_FILE, OPTIMIZER_FILE, SPEC_FILE, TOKENIZER_FILE})  # all that a manifest may name
 _KEPT = 3  # newest checkpoints that are not deleted
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # the rest of LAMB's state is diagnostics, made anew in every step
+_BEGINNING = ScheduleState()
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # the rest is made anew, or follows from the round
 
 
 class Manifest(BaseModel):
@@ -44,6 +46,7 @@ class Manifest(BaseModel):
     format: int
     round: int = Field(ge=0)
     lineage: str = Field("", description="Digest of all results that led to this round; replicas of one run share it.")
+    schedule: ScheduleState
     fingerprint: str
     files: dict[str, FileDigest]
 
@@ -65,9 +68,10 @@ class Replica:
         self.spec = spec
         self.model = build_model(spec)
         self.optimizer = build_optimizer(parameter_groups(self.model, spec), spec)
-        self.schedule = build_schedule(self.optimizer, spec)
+        self.schedule = Schedule(spec)
         self.round = 0
         self.lineage = ""
+        self.schedule_state = _BEGINNING
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -85,7 +89,13 @@ class Replica:
         }
 
     def save(
-        self, folder: Path, round_number: int, lineage: str = "", extra_files: Mapping[str, bytes] | None = None
+        self,
+        folder: Path,
+        round_number: int,
+        lineage: str = "",
+        extra_files: Mapping[str, bytes] | None = None,
+        *,
+        schedule: ScheduleState = _BEGINNING,
     ) -> None:
         """Write a checkpoint to `folder`, which appears only when it is whole. Raises `StorageError`."""
         partial, replaced = (folder.with_name(f".{what}-{folder.name}") for what in ("partial", "replaced"))
@@ -100,6 +110,7 @@ class Replica:
                 format=FORMAT,
                 round=round_number,
                 lineage=lineage,
+                schedule=schedule,
                 fingerprint=self.spec.fingerprint,
                 files={file.name: digest_of(file) for file in sorted(partial.iterdir())},
             )
@@ -133,19 +144,24 @@ class Replica:
         with torch.no_grad():
             _copy_into(dict(self.model.named_parameters()), folder / MODEL_FILE)
             _copy_into(self._optimizer_tensors(), folder / OPTIMIZER_FILE)
-        for group in self.optimizer.param_groups:
-            group["step"] = manifest.round
-        self.round, self.lineage = manifest.round, manifest.lineage
+        set_steps(self.optimizer, manifest.round)
+        self.round, self.lineage, self.schedule_state = manifest.round, manifest.lineage, manifest.schedule
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises `DigestError` where there is none that can be read, `NewerRunError` where its format is a newer one."""
+    """Raises `DigestError` where there is none that can be read, `NewerRunError` where its format is a newer one, and
+    `RunDirectoryError` where it is an older one."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
             raise NewerRunError(
                 f"{folder}: written by a newer Kantha (format {content['format']}, this one reads {FORMAT}); "
                 "update with `pip install --upgrade kantha`"
+            )
+        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] < FORMAT:
+            raise RunDirectoryError(
+                f"{folder}: written by an older Kantha (format {content['format']}, this one reads {FORMAT}); "
+                "`kantha export` its model with that version"
             )
         return Manifest.model_validate(content)
     except (OSError, ValueError, RecursionError) as error:
@@ -163,12 +179,21 @@ def checkpoint_folder(folder: Path, round_number: int) -> Path:
 
 
 def drop_old_checkpoints(folder: Path) -> None:
-    """Raises `StorageError`."""
+    """All but the newest, and the newest from before annealing, from which a run can go on. Raises `StorageError`."""
+    checkpoints = list_checkpoints(folder)
+    kept = {*checkpoints[:_KEPT], *islice(filter(_is_from_before_annealing, checkpoints), 1)}
     try:
-        for path in list_checkpoints(folder)[_KEPT:]:
+        for path in set(checkpoints) - kept:
             shutil.rmtree(path)
     except OSError as error:
         raise StorageError(f"{path}: an old checkpoint cannot be deleted ({error.strerror}); delete it") from None
+
+
+def _is_from_before_annealing(checkpoint: Path) -> bool:
+    try:
+        return read_manifest(checkpoint).schedule.annealed is None
+    except DigestError:
+        return False
 
 
 def _copy_into(targets: dict[str, Any], path: Path) -> None:

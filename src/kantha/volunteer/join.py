@@ -98,6 +98,7 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
                     replica.optimizer,
                     replica.schedule,
                     round_number=None,
+                    run_key=description.public_key,
                     folder=folder.path / "swarm",
                 )
             ) as engine,
@@ -119,7 +120,10 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
             ):
                 signals.stop_ends_loop = True
                 train(feed, trainer, engine, replica, session, screen, folder, signals.stop)
-            _say(console, "leaving: what is computed is handed in …")
+            if engine.schedule_state.is_finished:
+                _say(console, f"the run is finished: its model is annealed, after round {engine.round}")
+            else:
+                _say(console, "leaving: what is computed is handed in …")
             for result in engine.leave():
                 session.ended(result)
             engine.say_goodbye()
@@ -127,8 +131,8 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
         _say(
             console,
             f"left after {(time.monotonic() - session.started) / 60:.1f} minutes: {session.counted} of your samples "
-            f"count{f', computing {share:.0%} of the time' if share else ''}. Thank you! "
-            f"`kantha join {url}` comes back any time.",
+            f"count{f', computing {share:.0%} of the time' if share else ''}. Thank you!"
+            + ("" if engine.schedule_state.is_finished else f" `kantha join {url}` comes back any time."),
         )
 
 
@@ -160,7 +164,7 @@ def train(
     """The loop that ties training to swarm, until `stop` is set. It computes all the time: the engine never waits."""
     dropped, version = 0, None
     ended = noted = time.monotonic()
-    while not stop.is_set():
+    while not (stop.is_set() or engine.schedule_state.is_finished):
         with engine.hold() as newest:
             if newest != version:
                 trainer.load(replica.parameters)
@@ -226,7 +230,7 @@ def load_state(
         _say(console, "no peer gives the swarm's state; downloading the coordinator's last checkpoint")
         description, _ = client.describe()  # the checkpoint of the beginning may be gone by now
         loaded = fetch_replica(client, description, spec, folder, console)
-        engine.take_over(loaded.parameters, loaded.optimizer, loaded.round, loaded.lineage)
+        engine.take_over(loaded.parameters, loaded.optimizer, loaded.round, loaded.lineage, loaded.schedule_state)
 
 
 def fetch_replica(

@@ -158,6 +158,8 @@ class Session:
         if rate <= 0:
             return "waiting for the swarm's first samples"
         seconds = (engine.target - samples) / rate
+        annealed = engine.schedule_state.annealed
+        phase = "" if annealed is None else f"; annealing, {annealed:.0%} done"
         if seconds < 1:
-            return f"round {engine.round + 1} is about to end"
-        return f"round {engine.round + 1} ends in about {seconds:.0f} s"
+            return f"round {engine.round + 1} is about to end{phase}"
+        return f"round {engine.round + 1} ends in about {seconds:.0f} s{phase}"
