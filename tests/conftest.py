@@ -33,6 +33,7 @@ from kantha.spec import (
     OptimizerSpec,
     RunSpec,
     ScheduleSpec,
+    ScheduleState,
     SwarmSpec,
     TokenizerSpec,
 )
@@ -150,6 +151,12 @@ class FakeEngine:
         self.lineages: dict[int, str] = {}
         self.is_ready = True
         self.roster = Roster()
+        self.target, self.learning_rate = 64, 1e-2
+        self.schedule_state = ScheduleState()
+        self.orders: list[str] = []
+
+    def give_order(self, order: str) -> None:
+        self.orders.append(order)
 
     def hold(self) -> AbstractContextManager[int]:
         return nullcontext(0)
@@ -171,6 +178,7 @@ class _WebCoordinator(Coordinator):
         self._checkpoint_round = 0
         self._here = {}
         self._handed_in = {}
+        self._order_written = self._said_annealed = None
         self._stop = threading.Event()
         self._engine = FakeEngine()
 

@@ -57,6 +57,7 @@ def make_status(**changes: object) -> RunStatus:
         failed_rounds=1,
         computing_share=0.9934,
         checkpoint_round=10,
+        learning_rate=0.01,
         volunteers=[make_volunteer(name) for name in ["Asha", "Mitu", "রফিক"]],
         rounds=[make_round(number, **(FAILED if number == 7 else {})) for number in range(1, 13)],
     )

@@ -1,6 +1,7 @@
 """What the coordinator saves, and what it enters into the ledger."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from kantha.coordinator import service
 from kantha.errors import StorageError
-from kantha.swarm.membership import Membership
+from kantha.spec import ScheduleState
+from kantha.swarm.membership import Membership, RunKey
+from kantha.swarm.orders import Order
 from kantha.swarm.reports import LEFT, Report, RoundReport
 from kantha.training import Replica
 from kantha.training.checkpoint import list_checkpoints, read_manifest
@@ -45,6 +48,56 @@ def test_half_a_state_is_not_saved(coordinator: Any) -> None:
     coordinator._engine.round, coordinator._engine.is_ready = 5, False
     coordinator._save_if_newer()
     assert read_manifest(list_checkpoints(coordinator.run.checkpoints)[0]).round == 0
+
+
+# ---- annealing
+
+
+def test_an_order_in_the_run_s_folder_is_taken_up_once_and_the_state_before_it_is_saved(coordinator: Any) -> None:
+    run, engine = coordinator.run, coordinator._engine
+    coordinator._take_up_order()
+    assert engine.orders == []
+    engine.round, engine.lineage, engine.schedule_state = 5, "after 5", ScheduleState(samples=320)
+    order = Order.signed(run.key(), run.spec.fingerprint, 100)
+    run.give_order(order)
+    for _ in range(3):
+        coordinator._take_up_order()
+    assert [Order.model_validate_json(text) for text in engine.orders] == [order]
+    manifest = read_manifest(list_checkpoints(run.checkpoints)[0])
+    assert (manifest.round, manifest.schedule.samples) == (5, 320)
+
+
+def test_an_order_that_is_not_the_organizer_s_is_told_and_not_given_to_the_swarm(
+    coordinator: Any, tmp_path: Path
+) -> None:
+    run = coordinator.run
+    run.give_order(Order.signed(RunKey.generate(tmp_path / "stranger.pem"), run.spec.fingerprint, 100))
+    for _ in range(3):
+        coordinator._take_up_order()
+    assert coordinator._engine.orders == []
+    assert [line for line in coordinator.said if "not signed by the run's key" in line] == coordinator.said
+    assert len(coordinator.said) == 1
+
+
+def test_people_are_told_how_the_annealing_goes(coordinator: Any) -> None:
+    engine = coordinator._engine
+    states = [
+        ScheduleState(samples=320),
+        ScheduleState(samples=320).obey(1, 100),
+        ScheduleState(samples=320).obey(1, 100).advance(50),
+        ScheduleState(samples=320).obey(1, 100).advance(50).obey(2, 0),
+        ScheduleState(samples=400).obey(3, 64),
+        ScheduleState(samples=400).obey(3, 64).advance(64),
+    ]
+    for engine.round, engine.schedule_state in enumerate(states):
+        coordinator._say_how_annealing_goes()
+        coordinator._say_how_annealing_goes()
+    began, back, again, finished = coordinator.said
+    assert began == "round 1: annealing began, over 100 samples"
+    assert "taken back" in back
+    assert again == "round 4: annealing began, over 64 samples"
+    assert "finished" in finished
+    assert "kantha publish" in finished
 
 
 # ---- reports

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from kantha.digests import digest_of
 from kantha.errors import DigestError, NewerRunError, RunDirectoryError, StorageError
-from kantha.spec import RunSpec
+from kantha.spec import RunSpec, ScheduleState
 from kantha.training import Manifest, Replica
 from kantha.training.checkpoint import (
+    FORMAT,
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -135,8 +136,16 @@ def test_a_checkpoint_of_another_run_is_refused(saved: Path, tiny_spec: RunSpec)
 
 def test_a_checkpoint_of_a_newer_format_is_refused(saved: Path, tiny_spec: RunSpec) -> None:
     manifest = json.loads((saved / MANIFEST).read_text())
-    (saved / MANIFEST).write_text(json.dumps({**manifest, "format": 2, "invented": "later"}))
+    (saved / MANIFEST).write_text(json.dumps({**manifest, "format": FORMAT + 1, "invented": "later"}))
     with pytest.raises(NewerRunError, match=r"newer Kantha .*pip install --upgrade kantha"):
+        Replica(tiny_spec).load(saved)
+
+
+def test_a_checkpoint_of_an_older_format_is_told(saved: Path, tiny_spec: RunSpec) -> None:
+    manifest = json.loads((saved / MANIFEST).read_text())
+    del manifest["schedule"]
+    (saved / MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(RunDirectoryError, match=r"older Kantha .*kantha export"):
         Replica(tiny_spec).load(saved)
 
 
@@ -328,3 +337,33 @@ def test_the_three_newest_are_kept(replica: Replica, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
     drop_old_checkpoints(tmp_path)
     assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_the_newest_from_before_annealing_is_kept(replica: Replica, tmp_path: Path) -> None:
+    stable = ScheduleState(samples=640)
+    for number, state in enumerate([stable, stable, *([stable.obey(1, 100)] * 5)], 1):
+        replica.save(checkpoint_folder(tmp_path, number), number, schedule=state)
+        drop_old_checkpoints(tmp_path)
+    assert [read_manifest(folder).round for folder in list_checkpoints(tmp_path)] == [7, 6, 5, 2]
+
+
+def test_the_place_in_the_schedule_is_loaded(replica: Replica, tmp_path: Path, tiny_spec: RunSpec) -> None:
+    state = ScheduleState(samples=640).obey(3, 100).advance(20)
+    replica.save(tmp_path / "c", 7, LINEAGE, schedule=state)
+    other = Replica(tiny_spec)
+    other.load(tmp_path / "c")
+    assert other.schedule_state == state
+
+
+def test_adamw_goes_on_where_it_was(tmp_path: Path, tiny_spec: RunSpec) -> None:
+    """Its correction of the moments depends on how many steps were made."""
+    optimizer = tiny_spec.optimizer.model_copy(update={"name": "adamw"})
+    spec = tiny_spec.model_copy(update={"optimizer": optimizer})
+    replica, other = Replica(spec), Replica(spec)
+    for seed in range(3):
+        step(replica, seed)
+    replica.save(tmp_path / "c", 3)
+    other.load(tmp_path / "c")
+    for each in (replica, other):
+        step(each, 2)
+    assert same(replica, other)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from kantha.spec import ScheduleState
 from kantha.swarm.reports import FailedRound, Roster
 from kantha.swarm.rounds import Phase
 from kantha.swarm.rounds_engine import RoundResult
@@ -27,6 +28,7 @@ def engine() -> SimpleNamespace:
         samples_per_second=1.5,
         roster=Roster(),
         failures=deque[FailedRound](maxlen=8),
+        schedule_state=ScheduleState(),
     )
 
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from kantha.spec import ScheduleState
 from kantha.swarm.reports import LEFT, ROUNDS_KEPT, Report
 from kantha.swarm.rounds import Phase
 from kantha.swarm.rounds_engine import RoundResult
@@ -41,7 +42,9 @@ def report(**changes: Any) -> Report:
 @pytest.fixture
 def engine() -> SimpleNamespace:
     """What a session asks of its engine."""
-    return SimpleNamespace(round=7, phase=Phase.COMPUTING, target=100, progress=lambda: (40.0, 3.0))
+    return SimpleNamespace(
+        round=7, phase=Phase.COMPUTING, target=100, progress=lambda: (40.0, 3.0), schedule_state=ScheduleState()
+    )
 
 
 @pytest.fixture
@@ -122,6 +125,9 @@ def test_a_goodbye_stays_one(session: Session) -> None:
 
 def test_the_next_event_is_told_in_a_sentence(engine: SimpleNamespace, session: Session) -> None:
     assert session.next_event() == "round 8 ends in about 20 s"
+    engine.schedule_state = ScheduleState(samples=150, order=1, anneal_from=100, anneal_samples=200)
+    assert session.next_event() == "round 8 ends in about 20 s; annealing, 25% done"
+    engine.schedule_state = ScheduleState()
     engine.progress = lambda: (99.0, 3.0)
     assert session.next_event() == "round 8 is about to end"
     engine.progress = lambda: (0.0, 0.0)

@@ -78,6 +78,7 @@ def make_status(rounds: int, names: list[str]) -> RunStatus:
         failed_rounds=sum(entry.failed for entry in finished),
         computing_share=0.99375 - rounds / 10_000 if rounds else None,
         checkpoint_round=rounds // 10 * 10,
+        learning_rate=0.01,
         volunteers=volunteers,
         rounds=finished,
     )

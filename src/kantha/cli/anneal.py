@@ -23,8 +23,7 @@ def anneal_run(path: Path, samples: int | None, cancel: bool, say: Callable[[str
     state = _newest_state(run)
     if state.is_finished:
         raise OrderError(f"{path}: is annealed to its end; docs/recipe.md tells how to go on from before")
-    pending = run.read_order()
-    given = Order.model_validate_json(pending).anneal_samples if pending is not None else 0
+    given = _ordered(run)
     when = f"a coordinator that serves {path} takes it up with the next round, else when it is served again"
     if cancel:
         if not given:
@@ -41,6 +40,15 @@ def anneal_run(path: Path, samples: int | None, cancel: bool, say: Callable[[str
     rounds = -(-samples // Schedule(run.spec).target(state))
     say(f"ordered to anneal over {samples:,} samples, about {rounds:,} round{'s' * (rounds != 1)}; {when}")
     say("the checkpoint from before is kept. When all is done the volunteers leave: `kantha publish` then")
+
+
+def _ordered(run: RunDirectory) -> int:
+    """Samples to anneal over by the order that was given last; 0: none, or one that is damaged and is given anew."""
+    try:
+        text = run.read_order()
+    except OrderError:
+        return 0
+    return Order.model_validate_json(text).anneal_samples if text is not None else 0
 
 
 def _newest_state(run: RunDirectory) -> ScheduleState:

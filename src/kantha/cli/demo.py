@@ -24,6 +24,7 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from kantha.cli.anneal import anneal_run
 from kantha.cli.publish import export_run
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
@@ -40,6 +41,7 @@ _NAMES = ("Asha", "Rafiq", "Mitu", "Karim", "Nila", "Bijoy", "Shirin", "Tanvir")
 _START_SECONDS = 120.0  # for the coordinator to answer
 _HELDOUT_EXAMPLES = 512
 _FILL_MASK_EXAMPLES = 5
+_ANNEALED_SHARE = 0.3  # of the time
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ def run_demo(
             start(name, out, ["join", url, "--name", name, "--threads", str(threads)])
             for name in (_name(i) for i in range(volunteers))
         ]
-        _watch(url, coordinator, people, time.monotonic() + minutes * 60, console)
-        say("time is up: the volunteers leave …")
+        _watch(url, coordinator, people, minutes * 60, run, console)
+        say("the volunteers leave …")
         for child in people:
-            child.process.send_signal(signal.SIGTERM)
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGTERM)
         failed = [child for child in people if not _ended_well(child, patience)]
         _wait_until_empty(url)
         coordinator.process.send_signal(signal.SIGTERM)
@@ -200,18 +203,30 @@ def _status(url: str) -> RunStatus | None:
         return None
 
 
-def _watch(url: str, coordinator: _Child, people: Sequence[_Child], deadline: float, console: Console) -> None:
-    """Show the run until the deadline. Raises `DemoError` where the coordinator ends, or all volunteers do."""
+def _watch(
+    url: str, coordinator: _Child, people: Sequence[_Child], seconds: float, run: RunDirectory, console: Console
+) -> None:
+    """Show the run until the time is up, or the run is finished: it is annealed in its last part. Raises `DemoError`
+    where the coordinator ends, or all volunteers do before that."""
     status: RunStatus | None = None
-    shown = -1
+    shown, ordered = -1, False
+    deadline = time.monotonic() + seconds
     with Live(console=console, refresh_per_second=2, transient=True, auto_refresh=False) as live:
         while (left := deadline - time.monotonic()) > 0:
             if coordinator.process.poll() is not None:
                 raise DemoError(f"the coordinator ended: {coordinator.last_words()} ({coordinator.log})")
             ended = [child for child in people if child.process.poll() is not None]
+            status = _status(url) or status
+            if status is not None and status.annealed == 1:
+                console.print("the run is annealed to its end", markup=False)
+                return
             if len(ended) == len(people):
                 raise DemoError(f"all volunteers ended; {ended[0].name}: {ended[0].last_words()} ({ended[0].log})")
-            status = _status(url) or status
+            if not ordered and left < _ANNEALED_SHARE * seconds and status is not None and status.checkpoint_round:
+                ordered = True
+                samples = int(0.8 * left * status.samples_per_second)  # some time is for the word to go round
+                anneal_run(run.path, max(1, samples), False, lambda _line: None)
+                console.print(f"kantha anneal {run.path} --samples {samples}: the learning rate falls", markup=False)
             if console.is_terminal:
                 live.update(_picture(status, people, url, left), refresh=True)
             elif status is not None:

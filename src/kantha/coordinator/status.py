@@ -52,7 +52,8 @@ class RunStatus(BaseModel):
     checkpoint_round: int = Field(description="Round of the newest checkpoint.")
     learning_rate: float = Field(description="Of the step that ends the running round.")
     annealed: float | None = Field(
-        description="Share of the annealing that is done, 0 to 1; at 1 the run is finished. None: it was not ordered."
+        None,
+        description="Share of the annealing that is done, 0 to 1; at 1 the run is finished. None: it was not ordered.",
     )
     volunteers: list[VolunteerStatus] = Field(description="Who is here now, by name.")
     rounds: list[RoundStatus] = Field(
