@@ -17,7 +17,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from kantha.model.optim import build_optimizer
-from kantha.spec import PRESETS, Schedule, SwarmSpec
+from kantha.spec import PRESETS, Schedule, ScheduleSpec, SwarmSpec
 from kantha.swarm import allreduce
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.node import Node, log_to_file
@@ -81,7 +81,8 @@ def main(options: dict[str, Any]) -> None:
         matchmaking_seconds=4.0,
         averaging_timeout=options.get("averaging_timeout", 20.0),
     )
-    spec = PRESETS["demo"].model_copy(update={"swarm": settings})
+    schedule = ScheduleSpec(warmup_samples=1_000, **options.get("schedule", {}))
+    spec = PRESETS["demo"].model_copy(update={"swarm": settings, "schedule": schedule})
     groups = [{"params": parameters[:2], "weight_decay": 0.01}, {"params": parameters[2:], "weight_decay": 0.0}]
     optimizer = build_optimizer(groups, spec)
     order = folder / f"{name}.order"
@@ -131,6 +132,7 @@ def main(options: dict[str, Any]) -> None:
                         head=flat[:64].tolist(),
                         schedule=engine.schedule_state.model_dump(),
                         rate=engine.learning_rate,
+                        target=engine.target,
                     )
         engine.leave()
         engine.say_goodbye()

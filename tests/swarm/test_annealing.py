@@ -31,7 +31,8 @@ def schedules(peer: Peer) -> dict[int, dict[str, Any]]:
 
 
 def test_all_follow_an_order_in_the_same_round_whoever_heard_it(start: Start, key: RunKey, tmp_path: Path) -> None:
-    options = {"run_key": key.public_key, "values": 200_000}
+    growing = {"ramp_samples": 300, "first_batch_size": 16}
+    options = {"run_key": key.public_key, "values": 200_000, "schedule": growing}
     averager = start("averager", role="averager", **options)
     asha, rafiq = start("asha", **options), start("rafiq", **options)
     reach([averager, asha, rafiq], 2)
@@ -47,6 +48,9 @@ def test_all_follow_an_order_in_the_same_round_whoever_heard_it(start: Start, ke
     everybody = [schedules(peer) for peer in (averager, asha, rafiq, mitu)]
     for number in set.intersection(*(set(found) for found in everybody[:3])):
         assert len({str(found[number]) for found in everybody[:3]}) == 1, f"round {number}"
+    targets = [event["target"] for event in averager.said() if "round" in event]
+    assert targets == sorted(targets), "rounds grow"
+    assert (targets[0], targets[-1]) == (16, 64)
     ends = {str(found[max(found)]) for found in everybody}
     assert len(ends) == 1
     last = averager.round
