@@ -136,6 +136,13 @@ def test_one_is_singular() -> None:
     assert "Round 13 is under way with 1 volunteer." in texts
 
 
+def test_how_far_the_annealing_is_and_its_end_are_told() -> None:
+    texts = Texts(client_of(make_status(annealed=0.345)).get("/").text).texts
+    assert "Round 13 is under way with 3 volunteers. The annealing is 34.5 % done." in texts
+    texts = Texts(client_of(make_status(annealed=1.0, volunteers=[])).get("/").text).texts
+    assert "The run is finished, after 12 rounds: its model is annealed. Thank you!" in texts
+
+
 def test_hostile_text_stays_text() -> None:
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     status = make_status(

@@ -212,6 +212,10 @@ def test_script_and_server_say_the_same(browser: "sync_api.Browser", run: Run) -
     live.wait_for_field("next", "1 min 46 s")
     for place in ["#state", ".figures", ".progress", "#helping", "#rounds"]:
         assert live.page.locator(place).inner_text() == still.page.locator(place).inner_text(), place
+    for annealed in (0.345, 1.0):
+        run.status = run.status.model_copy(update={"annealed": annealed})
+        still = visit(browser, run, java_script_enabled=False)
+        sync_api.expect(live.page.locator("#state")).to_have_text(still.page.locator("#state").inner_text())
 
 
 def test_a_lost_coordinator_is_said_and_found_again(browser: "sync_api.Browser", run: Run) -> None:

@@ -61,7 +61,7 @@ def page_router(get_status: Callable[[], RunStatus]) -> APIRouter:
     chart = json_item(_chart(), "chart")
     templates = Jinja2Templates(_HERE / "templates")
     templates.env.filters.update(
-        number=_number, percent=_percent, duration=_duration, ago=_ago, many=_many, sentence=_sentence
+        number=_number, percent=_percent, duration=_duration, ago=_ago, many=_many, sentence=_sentence, state=_state
     )
     # Bokeh's documents refer back to models earlier in them, so `tojson` must leave the order alone.
     templates.env.policies["json.dumps_kwargs"] = {"sort_keys": False}
@@ -244,6 +244,16 @@ def _ago(seconds: float) -> str:
 
 def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _state(status: RunStatus) -> str:
+    if status.annealed == 1:
+        return f"The run is finished, after {_many(status.round, 'round')}: its model is annealed. Thank you!"
+    if not status.volunteers:
+        return "Nobody is helping right now."
+    annealing = "" if status.annealed is None else f" The annealing is {_percent(status.annealed)} done."
+    helping = _many(len(status.volunteers), "volunteer")
+    return f"Round {_number(status.round + 1)} is under way with {helping}.{annealing}"
 
 
 def _sentence(entry: RoundStatus) -> str:

@@ -32,6 +32,16 @@ const percent = (share) => (share === null ? "–" : `${number(100 * share, 1)} 
 const ago = (seconds) => (seconds < 2 ? "just now" : `${duration(seconds)} ago`);
 const many = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 
+function state(status) {
+  if (status.annealed === 1) {
+    return `The run is finished, after ${many(status.round, "round")}: its model is annealed. Thank you!`;
+  }
+  const helping = status.volunteers.length;
+  if (helping === 0) return "Nobody is helping right now.";
+  const annealing = status.annealed === null ? "" : ` The annealing is ${percent(status.annealed)} done.`;
+  return `Round ${number(status.round + 1)} is under way with ${many(helping, "volunteer")}.${annealing}`;
+}
+
 function sentence(round) {
   const facts = `${many(round.volunteers, "volunteer")}, ${many(round.samples, "sample")}, loss ${number(round.loss, 2)}`;
   const why = round.reason ? ` (${round.reason})` : "";
@@ -120,9 +130,7 @@ async function update() {
     return;
   }
   document.body.classList.remove("lost");
-  const helping = status.volunteers.length;
-  const underWay = `Round ${number(status.round + 1)} is under way with ${many(helping, "volunteer")}.`;
-  setText(byId("state"), helping ? underWay : "Nobody is helping right now.");
+  setText(byId("state"), state(status));
   showFigures(status);
   showVolunteers(status.volunteers);
   showRounds(status.rounds);
