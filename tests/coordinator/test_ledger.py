@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import event, text
 
 from kantha.coordinator.ledger import Ledger, PersonTotals
+from kantha.coordinator.status import HeldoutStatus
 from kantha.errors import StorageError
 from kantha.swarm.membership import Membership
 from kantha.swarm.reports import RoundReport
@@ -44,6 +45,31 @@ def report(
         sop_loss_sum=sop * samples,
         peers=2,
     )
+
+
+def heldout(number: int, mlm: float = 5.25) -> HeldoutStatus:
+    return HeldoutStatus(
+        round=number,
+        loss=mlm + 0.5,
+        mlm_loss=mlm,
+        mlm_accuracy=0.125,
+        sop_loss=0.5,
+        sop_accuracy=0.75,
+        masked=2300,
+        pairs=512,
+    )
+
+
+def test_heldout_scores_are_kept_by_round_and_forgotten_with_the_rounds(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for entry in (heldout(10), heldout(0, 8.25), heldout(20), heldout(10, 5.125)):
+        ledger.add_heldout(entry)
+    ledger.close()
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert ledger.heldout() == [heldout(0, 8.25), heldout(10, 5.125), heldout(20)]
+    ledger.forget_rounds_after(10)  # 20 will be another model
+    assert ledger.heldout() == [heldout(0, 8.25), heldout(10, 5.125)]
+    ledger.close()
 
 
 def test_a_round_is_entered_once_for_each_peer(ledger: Ledger) -> None:

@@ -5,8 +5,14 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from kantha.coordinator.pages import CHART_EARLIER_ROUNDS, CHART_LAST_ROUNDS, SHOWN_ROUNDS, page_router
-from kantha.coordinator.status import ROUNDS_TOLD, RoundStatus, RunStatus, VolunteerStatus
+from kantha.coordinator.pages import (
+    CHART_EARLIER_ROUNDS,
+    CHART_HELDOUT_ROUNDS,
+    CHART_LAST_ROUNDS,
+    SHOWN_ROUNDS,
+    page_router,
+)
+from kantha.coordinator.status import ROUNDS_TOLD, HeldoutStatus, RoundStatus, RunStatus, VolunteerStatus
 
 FAILED: dict[str, object] = {"failed": True, "reason": "a peer stalled"}
 
@@ -42,6 +48,20 @@ def make_round(number: int, **changes: object) -> RoundStatus:
     return entry.model_copy(update=changes)
 
 
+def make_heldout(number: int) -> HeldoutStatus:
+    loss = 8.1 - number / 10
+    return HeldoutStatus(
+        round=number,
+        loss=loss + 0.68,
+        mlm_loss=loss,
+        mlm_accuracy=0.0625 + number / 1000,
+        sop_loss=0.68,
+        sop_accuracy=0.5175,
+        masked=2300,
+        pairs=512,
+    )
+
+
 def make_status(**changes: object) -> RunStatus:
     status = RunStatus(
         name="Bengali ALBERT",
@@ -59,6 +79,7 @@ def make_status(**changes: object) -> RunStatus:
         checkpoint_round=10,
         learning_rate=0.01,
         volunteers=[make_volunteer(name) for name in ["Asha", "Mitu", "রফিক"]],
+        heldout=[make_heldout(number) for number in (0, 5, 10)],
         rounds=[make_round(number, **(FAILED if number == 7 else {})) for number in range(1, 13)],
     )
     return status.model_copy(update=changes)
@@ -91,6 +112,7 @@ def test_the_figures_are_in_the_page_without_javascript() -> None:
     texts = Texts(client_of(make_status()).get("/").text).texts
     expected = {
         "Loss now": "7.49",
+        "Held-out loss": "7.78",
         "Rounds done": "12",
         "Samples so far": "3,198",
         "Samples per second": "21.5",
@@ -101,6 +123,8 @@ def test_the_figures_are_in_the_page_without_javascript() -> None:
         "Newest checkpoint": "round 10",
     }
     assert {label: texts[texts.index(label) + 1] for label in expected} == expected
+    right = "7.2 % of the hidden words guessed right, and 51.7 % of the sentence orders"
+    assert f"Held-out text at round 10: loss 7.78; {right}." in texts
     assert "Round 13: 64 of 256 samples" in texts
     assert "Round 13 is under way with 3 volunteers." in texts
     assert "kantha join http://127.0.0.1:8080 --name YOUR-NAME" in texts
@@ -223,10 +247,30 @@ def test_a_long_run_has_a_chart_that_stays_small(count: int) -> None:
     assert marked == {number for number in failed if 1 <= number <= count}
 
 
+def test_heldout_points_are_in_the_chart_from_the_first_weights_on() -> None:
+    columns = client_of(make_status()).get("/heldout-data").json()
+    assert columns["round"] == [0, 5, 10]
+    assert columns["loss"] == pytest.approx([8.78, 8.28, 7.78])
+    assert {len(column) for column in columns.values()} == {3}
+
+
+@pytest.mark.parametrize("count", [1, 150, 151, 6250])
+def test_heldout_points_stay_few_and_end_with_the_last(count: int) -> None:
+    status = make_status(heldout=[make_heldout(number) for number in range(count)])
+    shown = client_of(status).get("/heldout-data").json()["round"]
+    assert CHART_HELDOUT_ROUNDS / 2 <= len(shown) <= CHART_HELDOUT_ROUNDS or len(shown) == count
+    assert shown == sorted(set(shown))
+    assert shown[-1] == count - 1
+
+
 def test_the_status_of_a_long_run_has_its_last_rounds() -> None:
-    status = make_status(rounds=[make_round(number) for number in range(1, 701)])
+    status = make_status(
+        rounds=[make_round(number) for number in range(1, 701)],
+        heldout=[make_heldout(number) for number in range(700)],
+    )
     told = RunStatus.model_validate_json(status.model_dump_json())
     assert told.rounds == status.rounds[-ROUNDS_TOLD:]
+    assert told.heldout == status.heldout[-ROUNDS_TOLD:]
     short = make_status()
     assert RunStatus.model_validate_json(short.model_dump_json()) == short
 
@@ -254,6 +298,7 @@ def test_before_the_first_round() -> None:
         computing_share=None,
         checkpoint_round=0,
         seconds_to_next_round=None,
+        heldout=[],
         rounds=[],
         volunteers=[],
     )
@@ -262,8 +307,10 @@ def test_before_the_first_round() -> None:
     text = " ".join(seen.texts)
     assert "The first round is on its way: 64 of 256 samples ." in text
     assert "Nobody is helping right now. Be the first: kantha join http://127.0.0.1:8080" in text
+    assert "Held-out text has not been measured yet." in text
     for label, value in {
         "Loss now": "–",
+        "Held-out loss": "–",
         "Next round in": "–",
         "Time computing": "–",
         "Newest checkpoint": "none yet",
@@ -273,3 +320,4 @@ def test_before_the_first_round() -> None:
     assert "helping" in hidden
     assert not hidden & {"no-rounds", "no-volunteers"}
     assert client.get("/chart-data").json()["round"] == []
+    assert client.get("/heldout-data").json()["round"] == []

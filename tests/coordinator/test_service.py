@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kantha.coordinator import service
+from kantha.coordinator.status import HeldoutStatus
 from kantha.errors import StorageError
 from kantha.spec import ScheduleState
 from kantha.swarm.membership import Membership, RunKey
@@ -48,6 +49,28 @@ def test_half_a_state_is_not_saved(coordinator: Any) -> None:
     coordinator._engine.round, coordinator._engine.is_ready = 5, False
     coordinator._save_if_newer()
     assert read_manifest(list_checkpoints(coordinator.run.checkpoints)[0]).round == 0
+
+
+def test_a_run_goes_on_where_its_evaluator_cannot(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self, *_: Any) -> None:
+            raise KeyError("a bug")
+
+    monkeypatch.setattr(service, "Evaluator", Broken)
+    coordinator.failure = None
+    coordinator._guarded(coordinator._evaluate)
+    assert coordinator.failure is None
+    [said] = coordinator.said
+    assert "held-out text is not measured any more" in said
+
+
+def test_what_was_measured_on_heldout_text_is_in_the_status(coordinator: Any) -> None:
+    assert coordinator._make_status().heldout == []
+    entry = HeldoutStatus(
+        round=0, loss=5.75, mlm_loss=5.0, mlm_accuracy=0.1, sop_loss=0.75, sop_accuracy=0.5, masked=300, pairs=90
+    )
+    coordinator._ledger.add_heldout(entry)
+    assert coordinator._make_status().heldout == [entry]
 
 
 # ---- annealing

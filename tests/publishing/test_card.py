@@ -12,10 +12,11 @@ from markdown_it.token import Token
 from kantha.cli.publish import export_run, training_facts
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
+from kantha.coordinator.status import HeldoutStatus
 from kantha.errors import PublishingError
 from kantha.evaluation import FilledMask
 from kantha.publishing.card import Contributor, Model, TrainingFacts, write_card
-from kantha.publishing.picture import RoundLoss, draw_losses
+from kantha.publishing.picture import HeldoutLoss, RoundLoss, draw_losses
 from kantha.publishing.scores import Metric, Score, load_scores
 from kantha.spec import FileSource, HuggingFaceSource, RunSpec, ShobdoSource
 from kantha.swarm.membership import Membership
@@ -53,6 +54,7 @@ SCORES = [
 def facts(names: Sequence[str] = ("Asha",)) -> TrainingFacts:
     return TrainingFacts(
         losses=[RoundLoss(number, 8.0 - number / 10, 0.7) for number in range(1, 7)],
+        heldout=[HeldoutLoss(number, 7.9 - number / 10, 0.65, 0.125, 0.625, 512) for number in (0, 4)],
         samples=384,
         failed_rounds=1,
         began=0.0,
@@ -116,6 +118,10 @@ def test_the_card_names_run_data_recipe_scores_and_contributors(tiny_spec: RunSp
     assert ["আশা", "99", "1.0 hours"] in rows
     assert ["Tesla T4", "2.0 hours"] in rows
     assert ["not known", "1.5 minutes"] in rows
+    assert [
+        "loss of the model after round 4 on held-out text",
+        "7.500 a masked token (12.5% guessed right), 0.650 a sentence pair (62.5% guessed right); 512 examples",
+    ] in rows
     assert ["first round finished", "1970-01-01 00:00 UTC"] in rows
     assert "co2_eq_emissions" not in metadata
     assert "carbon were not measured" in text
@@ -213,6 +219,19 @@ def test_a_run_tells_what_its_ledger_knows_up_to_the_model(run_path: Path, tmp_p
         )
     ledger.set_device("a", "Tesla T4")
     ledger.set_device("c", "x86_64 CPU, 2 cores")
+    for number in (0, 2, 3):
+        ledger.add_heldout(
+            HeldoutStatus(
+                round=number,
+                loss=6.0 + number,
+                mlm_loss=5.5 + number,
+                mlm_accuracy=0.1,
+                sop_loss=0.5,
+                sop_accuracy=0.7,
+                masked=300,
+                pairs=90,
+            )
+        )
     ledger.mark_failed(2, "too late")
     ledger.mark_failed(3, "too late")
     ledger.close()
@@ -222,6 +241,7 @@ def test_a_run_tells_what_its_ledger_knows_up_to_the_model(run_path: Path, tmp_p
     assert known.seconds_by_device == {"Tesla T4": 180.0, "x86_64 CPU, 2 cores": 180.0, None: 90.0}
     assert [loss.round for loss in known.losses] == [1, 2]
     assert known.losses[0].mlm == pytest.approx(5.0)
+    assert known.heldout == [HeldoutLoss(0, 5.5, 0.5, 0.1, 0.7, 90), HeldoutLoss(2, 7.5, 0.5, 0.1, 0.7, 90)]
     assert (known.samples, known.failed_rounds) == (50, 1)
     assert known.computing_share == pytest.approx(0.9)
     assert known.began is not None
@@ -232,7 +252,8 @@ def test_a_run_tells_what_its_ledger_knows_up_to_the_model(run_path: Path, tmp_p
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert "`Asha` | 30" in card
     assert "Mitu" not in card  # took part after this round only
-    assert "![Training loss by round](training.png)" in card
+    assert "loss of the model after round 2 on held-out text" in card
+    assert "![Loss by round](training.png)" in card
     assert (tmp_path / "model" / "training.png").read_bytes().startswith(b"\x89PNG")
 
     export_run(list_checkpoints(run.checkpoints)[0], tmp_path / "bare")
@@ -263,12 +284,13 @@ def test_text_that_is_not_at_hand_only_costs_the_examples(run_path: Path, tiny_s
 
 
 def test_the_same_losses_give_the_same_picture(tmp_path: Path) -> None:
-    losses = facts().losses
-    draw_losses(losses, tmp_path / "one.png")
-    draw_losses(losses, tmp_path / "two.png")
-    draw_losses(losses[:-1], tmp_path / "other.png")
+    losses, heldout = facts().losses, facts().heldout
+    draw_losses(losses, heldout, tmp_path / "one.png")
+    draw_losses(losses, heldout, tmp_path / "two.png")
+    draw_losses(losses[:-1], heldout, tmp_path / "other.png")
+    draw_losses(losses, [], tmp_path / "not measured.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 3
 
 
 @pytest.mark.parametrize("wrapped", ["{}", '{{"model": "m", "scores": {}}}'])

@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from kantha.coordinator.pages import page_router
-from kantha.coordinator.status import RoundStatus, RunStatus, VolunteerStatus
+from kantha.coordinator.status import HeldoutStatus, RoundStatus, RunStatus, VolunteerStatus
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
@@ -49,6 +49,19 @@ def make_status(rounds: int, names: list[str]) -> RunStatus:
         )
         for number in range(1, rounds + 1)
     ]
+    heldout = [
+        HeldoutStatus(
+            round=number,
+            loss=9.3 - number / 21,
+            mlm_loss=8.6 - number / 21,
+            mlm_accuracy=number / 1000,
+            sop_loss=0.7,
+            sop_accuracy=0.5175,
+            masked=2300,
+            pairs=512,
+        )
+        for number in range(0, rounds, 5)
+    ]
     volunteers = [
         VolunteerStatus(
             name=name,
@@ -80,6 +93,7 @@ def make_status(rounds: int, names: list[str]) -> RunStatus:
         checkpoint_round=rounds // 10 * 10,
         learning_rate=0.01,
         volunteers=volunteers,
+        heldout=heldout,
         rounds=finished,
     )
 
@@ -100,11 +114,11 @@ class Visit:
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def wait_for_points(self, count: int) -> None:
+    def wait_for_points(self, count: int, source: str = "rounds") -> None:
         self.page.wait_for_function(
-            "count => window.Bokeh?.documents[0]?.is_idle"
-            " && Bokeh.documents[0].get_model_by_name('rounds').get_length() === count",
-            arg=count,
+            "([source, count]) => window.Bokeh?.documents[0]?.is_idle"
+            " && Bokeh.documents[0].get_model_by_name(source).get_length() === count",
+            arg=[source, count],
             timeout=PATIENCE,
         )
 
@@ -159,15 +173,20 @@ def test_the_page_lives_without_a_reload(browser: "sync_api.Browser", run: Run) 
 
     run.status = make_status(31, ["Asha", "Mitu", "রফিক"])
     seen.wait_for_points(31)
+    seen.wait_for_points(7, "heldout")
     seen.wait_for_field("round", "31")
     seen.wait_for_field("loss", "7.64")
     assert seen.page.locator("#rounds li").first.inner_text() == "Round 31: 3 volunteers, 287 samples, loss 7.64"
 
-    for curve in ["hidden words", "sentence order", "total"]:
+    shown = "Bokeh.documents[0].get_model_by_name('loss').renderers.filter(r => r.visible).map(r => r.name)"
+    assert set(seen.page.evaluate(shown)) == {"total", "total heldout"}
+    for curve in ["hidden words", "total"]:
         box = seen.page.get_by_label(curve)
         box.set_checked(not box.is_checked())
-    shown = "Object.fromEntries(Bokeh.documents[0].get_model_by_name('loss').renderers.map(r => [r.name, r.visible]))"
-    assert seen.page.evaluate(shown) == {"total": False, "words": True, "order": True}
+    assert set(seen.page.evaluate(shown)) == {"words", "words heldout"}
+    seen.page.get_by_label("held-out text").uncheck()
+    seen.page.get_by_label("sentence order").check()
+    assert set(seen.page.evaluate(shown)) == {"words", "order"}
 
     assert seen.page.evaluate("window.notReloaded")
     assert seen.errors == []
@@ -210,7 +229,7 @@ def test_script_and_server_say_the_same(browser: "sync_api.Browser", run: Run) -
     assert live.page.locator(".progress").inner_text() == averaging.page.locator(".progress").inner_text()
     run.status = make_status(45, ["Asha", "রফিক"])
     live.wait_for_field("next", "1 min 46 s")
-    for place in ["#state", ".figures", ".progress", "#helping", "#rounds"]:
+    for place in ["#state", ".figures", ".progress", "[data-field=heldout-sentence]", "#helping", "#rounds"]:
         assert live.page.locator(place).inner_text() == still.page.locator(place).inner_text(), place
     for annealed in (0.345, 1.0):
         run.status = run.status.model_copy(update={"annealed": annealed})

@@ -8,6 +8,7 @@ from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import LEDGER_FILE
 from kantha.publishing import (
     Contributor,
+    HeldoutLoss,
     RoundLoss,
     Score,
     TrainingFacts,
@@ -38,6 +39,7 @@ def training_facts(path: Path, last_round: int) -> TrainingFacts:
     ledger = Ledger(path)
     try:
         rounds = [entry for entry in ledger.rounds() if entry.round <= last_round]
+        heldout = [entry for entry in ledger.heldout() if entry.round <= last_round]
         people = ledger.people(last_round)
         failures = ledger.failures()
         devices = ledger.seconds_by_device(last_round)
@@ -47,6 +49,17 @@ def training_facts(path: Path, last_round: int) -> TrainingFacts:
     present = computing + sum(person.waited for person in people)
     return TrainingFacts(
         losses=[RoundLoss(entry.round, entry.mlm_loss, entry.sop_loss) for entry in rounds],
+        heldout=[
+            HeldoutLoss(
+                round=entry.round,
+                mlm=entry.mlm_loss,
+                sop=entry.sop_loss,
+                mlm_accuracy=entry.mlm_accuracy,
+                sop_accuracy=entry.sop_accuracy,
+                pairs=entry.pairs,
+            )
+            for entry in heldout
+        ],
         samples=sum(entry.samples for entry in rounds),
         failed_rounds=sum(number <= last_round for number in failures),
         began=rounds[0].finished if rounds else None,

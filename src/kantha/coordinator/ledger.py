@@ -1,4 +1,4 @@
-"""The ledger: who is a member, and what each peer did in each round. SQLite through SQLAlchemy."""
+"""The ledger: who is a member, what each peer did in each round, what came of it. SQLite through SQLAlchemy."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from kantha.coordinator.status import RoundStatus
+from kantha.coordinator.status import HeldoutStatus, RoundStatus
 from kantha.errors import StorageError
 from kantha.swarm.membership import Membership
 from kantha.swarm.reports import RoundReport
@@ -63,6 +63,19 @@ class FailedRound(_Table):
     __tablename__ = "failed_rounds"
     round: Mapped[int] = mapped_column(primary_key=True)
     reason: Mapped[str] = mapped_column(String(100))
+
+
+class HeldoutRound(_Table):
+    """What the model of one round scored on held-out text."""
+
+    __tablename__ = "heldout_rounds"
+    round: Mapped[int] = mapped_column(primary_key=True)
+    mlm_loss: Mapped[float]
+    mlm_accuracy: Mapped[float]
+    sop_loss: Mapped[float]
+    sop_accuracy: Mapped[float]
+    masked: Mapped[int]
+    pairs: Mapped[int]
 
 
 @dataclass(frozen=True)
@@ -151,12 +164,13 @@ class Ledger:
         self._devices[peer_id] = device
 
     def forget_rounds_after(self, number: int) -> None:
-        """Drop the contributions to later rounds, which will be done again.
+        """Drop the contributions to later rounds, which will be done again, and what their models scored.
 
         If the swarm is still alive, they were not lost: its peers report their last rounds again.
         """
         with self._session() as session:
             session.execute(delete(Contribution).where(Contribution.round > number))
+            session.execute(delete(HeldoutRound).where(HeldoutRound.round > number))
         self._state = object()
 
     def mark_failed(self, number: int, reason: str) -> None:
@@ -205,6 +219,28 @@ class Ledger:
             ]
         self._rounds = state, rounds  # under the state from before the query: of a change since then it knows nothing
         return list(rounds)
+
+    def add_heldout(self, scores: HeldoutStatus) -> None:
+        """Enter what the model of a round scored on held-out text; the newer word counts."""
+        with self._session() as session:
+            session.merge(HeldoutRound(**scores.model_dump(exclude={"loss"})))
+
+    def heldout(self) -> list[HeldoutStatus]:
+        """All that was measured on held-out text, oldest round first."""
+        with self._session() as session:
+            return [
+                HeldoutStatus(
+                    round=entry.round,
+                    loss=entry.mlm_loss + entry.sop_loss,
+                    mlm_loss=entry.mlm_loss,
+                    mlm_accuracy=entry.mlm_accuracy,
+                    sop_loss=entry.sop_loss,
+                    sop_accuracy=entry.sop_accuracy,
+                    masked=entry.masked,
+                    pairs=entry.pairs,
+                )
+                for entry in session.scalars(select(HeldoutRound).order_by(HeldoutRound.round))
+            ]
 
     def samples_by_peer(self) -> dict[str, int]:
         query = select(Contribution.peer_id, func.sum(Contribution.samples)).group_by(Contribution.peer_id)

@@ -17,13 +17,14 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.templating import Jinja2Templates
 
-from kantha.coordinator.status import RoundStatus, RunStatus
+from kantha.coordinator.status import HeldoutStatus, RoundStatus, RunStatus
 
 SHOWN_ROUNDS = 8
 CHART_POLL_MILLISECONDS = 2000
 # Of a long run the chart shows the last rounds and a choice of the earlier ones, so that it stays about as large.
 CHART_LAST_ROUNDS = 200
 CHART_EARLIER_ROUNDS = 800
+CHART_HELDOUT_ROUNDS = 150  # about as many rings as still look like rings
 
 # Bokeh styles its shadow roots with <style> elements that can carry neither a nonce nor a hash known beforehand, so
 # style elements have to be allowed; style attributes, inline scripts, eval and every other host are not.
@@ -43,6 +44,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
 _HERE = Path(__file__).parent
 # The curves in colours that keep a contrast of 3:1 to both the light and the dark cloth; page.css colours the rest.
 _INDIGO, _LEAF, _TURMERIC, _MADDER = "#5870c4", "#4c8a62", "#a9741f", "#c8453f"
+_PATCH = "#fffcf5"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,14 @@ def page_router(get_status: Callable[[], RunStatus]) -> APIRouter:
     chart = json_item(_chart(), "chart")
     templates = Jinja2Templates(_HERE / "templates")
     templates.env.filters.update(
-        number=_number, percent=_percent, duration=_duration, ago=_ago, many=_many, sentence=_sentence, state=_state
+        number=_number,
+        percent=_percent,
+        duration=_duration,
+        ago=_ago,
+        many=_many,
+        sentence=_sentence,
+        heldout_sentence=_heldout_sentence,
+        state=_state,
     )
     # Bokeh's documents refer back to models earlier in them, so `tojson` must leave the order alone.
     templates.env.policies["json.dumps_kwargs"] = {"sort_keys": False}
@@ -91,6 +100,10 @@ def page_router(get_status: Callable[[], RunStatus]) -> APIRouter:
     @router.get("/chart-data")
     def chart_data() -> Response:
         return JSONResponse(_columns(_thinned(get_status().rounds)), headers={"Cache-Control": "no-store"})
+
+    @router.get("/heldout-data")
+    def heldout_data() -> Response:
+        return JSONResponse(_heldout_columns(get_status().heldout), headers={"Cache-Control": "no-store"})
 
     @router.get("/static/{file}")
     def static(file: str, request: Request) -> Response:
@@ -132,14 +145,20 @@ def _load_assets() -> tuple[dict[str, str], dict[str, _Asset]]:
 
 
 def _chart() -> figure:
-    """The loss curve; its data come from `/chart-data`, again and again, by Bokeh's own polling."""
-    source = AjaxDataSource(
-        name="rounds",
-        data_url="chart-data",
-        method="GET",
-        mode="replace",
-        polling_interval=CHART_POLL_MILLISECONDS,
-        data=_columns([]),
+    """The loss curves; their data come from `/chart-data` and `/heldout-data`, again and again, by Bokeh's polling."""
+    source, heldout = (
+        AjaxDataSource(
+            name=name,
+            data_url=url,
+            method="GET",
+            mode="replace",
+            polling_interval=CHART_POLL_MILLISECONDS,
+            data=columns,
+        )
+        for name, url, columns in [
+            ("rounds", "chart-data", _columns([])),
+            ("heldout", "heldout-data", _heldout_columns([])),
+        ]
     )
     plot = figure(
         name="loss",
@@ -156,7 +175,8 @@ def _chart() -> figure:
         min_border_right=12,
     )
     # The total is sewn: a running stitch over a faint thread, which keeps the line whole where rounds are close.
-    # page.js shows and hides renderers by these names. One hover tool a curve, since a hidden curve answers none.
+    # page.js shows a renderer where all words of its name are ticked. One hover tool a curve, since a hidden curve
+    # answers none.
     plot.line("round", "loss", source=source, name="total", color=_INDIGO, width=3.5, dash=[11, 7], line_cap="round")
     total = plot.line("round", "loss", source=source, name="total", color=_INDIGO, width=2, alpha=0.45)
     words = plot.line("round", "mlm_loss", source=source, name="words", color=_LEAF, width=2, visible=False)
@@ -184,6 +204,18 @@ def _chart() -> figure:
     ]:
         hover = HoverTool(renderers=[line], mode="vline", line_policy="nearest", attachment=side, tooltips=tooltip)
         plot.add_tools(hover)
+    # The same three sums on held-out text, in the same colours: rings, since they are measured at checkpoints only.
+    for name, loss, color, share, tooltip in [
+        ("total", "loss", _INDIGO, None, "loss @loss{0.00}"),
+        ("words", "mlm_loss", _LEAF, "mlm_accuracy", "hidden words @mlm_loss{0.00}"),
+        ("order", "sop_loss", _TURMERIC, "sop_accuracy", "sentence order @sop_loss{0.00}"),
+    ]:
+        look = {"name": f"{name} heldout", "visible": name == "total", "line_color": color}
+        plot.line("round", loss, source=heldout, line_width=1, line_alpha=0.7, **look)
+        rings = plot.scatter("round", loss, source=heldout, size=9, line_width=2.5, fill_color=_PATCH, **look)
+        right = f"<br>@{share}{{0.0 %}} guessed right" if share else ""
+        text = f"<strong>Held-out text</strong>, round @round<br>{tooltip}{right}"
+        plot.add_tools(HoverTool(renderers=[rings], mode="mouse", attachment="below", tooltips=text))
     plot.xaxis.ticker = BasicTicker(min_interval=1)
     plot.xaxis.formatter.use_scientific = False
     plot.xgrid.visible = False
@@ -213,6 +245,16 @@ def _columns(rounds: list[RoundStatus]) -> dict[str, list[Any]]:
         "samples": [r.samples for r in drawn],
         "volunteers": [r.volunteers for r in drawn],
         "outcome": ["failed" if r.failed else "complete" for r in drawn],
+    }
+
+
+def _heldout_columns(heldout: list[HeldoutStatus]) -> dict[str, list[Any]]:
+    """All there is, or one in every so many and the last one."""
+    step = max(1, math.ceil(len(heldout) / CHART_HELDOUT_ROUNDS))
+    drawn = heldout[::-step][::-1]
+    return {
+        name: [getattr(entry, name) for entry in drawn]
+        for name in ("round", "loss", "mlm_loss", "mlm_accuracy", "sop_loss", "sop_accuracy")
     }
 
 
@@ -262,3 +304,13 @@ def _sentence(entry: RoundStatus) -> str:
         why = f" ({entry.reason})" if entry.reason else ""
         return f"Round {entry.round} failed at first{why} and was tried again: {facts}"
     return f"Round {entry.round}: {facts}"
+
+
+def _heldout_sentence(heldout: list[HeldoutStatus]) -> str:
+    if not heldout:
+        return "Held-out text has not been measured yet."
+    last = heldout[-1]
+    return (
+        f"Held-out text at round {_number(last.round)}: loss {_number(last.loss, 2)}; {_percent(last.mlm_accuracy)} of "
+        f"the hidden words guessed right, and {_percent(last.sop_accuracy)} of the sentence orders."
+    )

@@ -6,10 +6,10 @@ tokenizer.json    trained when the run was created; its digest is in the spec
 keys/run.pem      the run's Ed25519 key, signs membership certificates (owner only)
 keys/peer.key     the coordinator's libp2p identity (owner only)
 order.json        the organizer's last order, signed by the run's key: to anneal
-ledger.sqlite     members, and what each did in each round
+ledger.sqlite     members, what each did in each round, what checkpoints scored on held-out text
 checkpoints/      round-*/, newest last
 swarm/            snapshots for peers that join
-log/              what hivemind says
+log/              what hivemind says, and what the evaluator's process does
 """
 
 import json

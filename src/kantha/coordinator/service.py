@@ -1,8 +1,8 @@
 """The coordinator at work: welcomes peers, collects their reports into the ledger, keeps checkpoints.
 
-The engine takes part in the averaging without gradients of its own, and keeps the replica up to date. Two threads go
-with it: `save` writes checkpoints, `collect` enters reports into the ledger; the web server's threads ask for the
-status.
+The engine takes part in the averaging without gradients of its own, and keeps the replica up to date. Three threads go
+with it: `save` writes checkpoints, `collect` enters reports into the ledger, `evaluate` has checkpoints measured on
+held-out text; the web server's threads ask for the status.
 """
 
 import ipaddress
@@ -14,6 +14,7 @@ from functools import partial
 
 from kantha import __version__
 from kantha.api import RemoteFile, RunDescription, Snapshot
+from kantha.coordinator.evaluator import Evaluator
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import TOKENIZER_FILE, RunDirectory
 from kantha.coordinator.status import RunStatus, VolunteerStatus
@@ -107,7 +108,7 @@ class Coordinator:
         # daemons: a second Ctrl-C must end the program even while one of them waits for an averaging
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=work.__name__, daemon=True)
-            for work in (self._save, self._collect)
+            for work in (self._save, self._collect, self._evaluate)
         ]
 
     def start(self) -> None:
@@ -226,6 +227,13 @@ class Coordinator:
             self._say(str(error))
             return False
         return True
+
+    def _evaluate(self) -> None:
+        try:
+            Evaluator(self.run, self._ledger, lambda: self._checkpoint_round, self._say).work_until(self._stop)
+        except Exception as error:  # noqa: BLE001  a run goes on without this curve, whatever happens to it
+            _log.exception("the evaluator failed")
+            self._say(f"held-out text is not measured any more ({error!r}; {self.run.log} says more)")
 
     # ---- reports
 
@@ -364,6 +372,7 @@ class Coordinator:
                 ),
                 key=lambda volunteer: (volunteer.name, volunteer.peer_id),
             ),
+            heldout=self._ledger.heldout(),
             rounds=rounds,
         )
 

@@ -34,6 +34,19 @@ class RoundStatus(BaseModel):
     reason: str | None = Field(None, description="Why it failed, in the words of a peer.")
 
 
+class HeldoutStatus(BaseModel):
+    """What the model of one round scores on a fixed sample of text that no volunteer trains on."""
+
+    round: int = Field(description="The round of the checkpoint; 0 are the weights that the run began with.")
+    loss: float = Field(description="mlm_loss + sop_loss, the same sum as a round's training loss.")
+    mlm_loss: float = Field(description="Loss of guessing the masked tokens, nats per token.")
+    mlm_accuracy: float = Field(description="Share of the masked tokens that were guessed right.")
+    sop_loss: float = Field(description="Loss of guessing the sentence order, nats per pair.")
+    sop_accuracy: float = Field(description="Share of the pairs whose order was guessed right.")
+    masked: int = Field(description="Masked tokens in the sample.")
+    pairs: int = Field(description="Pairs in the sample.")
+
+
 class RunStatus(BaseModel):
     name: str
     goal: str
@@ -56,6 +69,9 @@ class RunStatus(BaseModel):
         description="Share of the annealing that is done, 0 to 1; at 1 the run is finished. None: it was not ordered.",
     )
     volunteers: list[VolunteerStatus] = Field(description="Who is here now, by name.")
+    heldout: list[HeldoutStatus] = Field(
+        description=f"The last {ROUNDS_TOLD} checkpoints that were measured on held-out text, oldest first."
+    )
     rounds: list[RoundStatus] = Field(
         description=f"The last {ROUNDS_TOLD} finished rounds, oldest first; the totals above are of all of them."
     )
@@ -63,3 +79,7 @@ class RunStatus(BaseModel):
     @field_serializer("rounds")
     def _newest(self, rounds: list[RoundStatus]) -> list[RoundStatus]:
         return rounds[-ROUNDS_TOLD:]  # in the coordinator itself all are here, for the chart
+
+    @field_serializer("heldout")
+    def _newest_heldout(self, heldout: list[HeldoutStatus]) -> list[HeldoutStatus]:
+        return heldout[-ROUNDS_TOLD:]

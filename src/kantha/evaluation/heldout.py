@@ -6,23 +6,53 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from transformers import AlbertForPreTraining, pipeline
 from transformers.utils import logging as transformers_logging
 
 from kantha.corpus import Batch
-from kantha.model import pretraining_losses
+from kantha.model import pretraining_logits
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class HeldoutScores:
+    """How a model does on held-out examples: losses in nats, accuracies as shares from 0 to 1."""
+
+    mlm_loss: float  # per masked token
+    mlm_accuracy: float
+    sop_loss: float  # per pair of segments
+    sop_accuracy: float
+    masked: int  # tokens
+    pairs: int
+
+
+@torch.inference_mode()
+def measure_heldout(model: AlbertForPreTraining, batches: Sequence[Batch]) -> HeldoutScores:
+    """Both tasks over all batches: means over all masked tokens, and over all pairs of segments."""
+    model.eval()
+    mlm_loss = sop_loss = 0.0
+    right_tokens = right_orders = masked = pairs = 0
+    for batch in batches:
+        logits = pretraining_logits(model, batch)
+        mlm_loss += F.cross_entropy(logits.mlm, batch.masked_labels, reduction="sum").item()
+        sop_loss += F.cross_entropy(logits.sop, batch.swapped, reduction="sum").item()
+        right_tokens += int((logits.mlm.argmax(-1) == batch.masked_labels).sum())
+        right_orders += int((logits.sop.argmax(-1) == batch.swapped).sum())
+        masked += len(batch.masked_labels)
+        pairs += batch.size
+    return HeldoutScores(
+        mlm_loss=mlm_loss / masked,
+        mlm_accuracy=right_tokens / masked,
+        sop_loss=sop_loss / pairs,
+        sop_accuracy=right_orders / pairs,
+        masked=masked,
+        pairs=pairs,
+    )
+
+
 def heldout_loss(model: AlbertForPreTraining, batches: Sequence[Batch]) -> float:
     """Mean loss of guessing the masked tokens, nats per token, over all batches."""
-    model.eval()
-    total = tokens = 0.0
-    for batch in batches:
-        count = len(batch.masked_labels)
-        total += pretraining_losses(model, batch).mlm.item() * count
-        tokens += count
-    return total / tokens
+    return measure_heldout(model, batches).mlm_loss
 
 
 @dataclass(frozen=True)

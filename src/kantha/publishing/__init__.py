@@ -2,12 +2,13 @@
 
 from kantha.publishing.card import Contributor, TrainingFacts
 from kantha.publishing.export import export_model, find_checkpoint
-from kantha.publishing.picture import RoundLoss
+from kantha.publishing.picture import HeldoutLoss, RoundLoss
 from kantha.publishing.scores import Score, load_scores
 from kantha.publishing.upload import check_publishing, upload_model
 
 __all__ = [
     "Contributor",
+    "HeldoutLoss",
     "RoundLoss",
     "Score",
     "TrainingFacts",

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from kantha import __version__
 from kantha.errors import printable
 from kantha.evaluation import FilledMask
-from kantha.publishing.picture import RoundLoss
+from kantha.publishing.picture import HeldoutLoss, RoundLoss
 from kantha.publishing.scores import Metric, Score
 from kantha.spec import FileSource, HuggingFaceSource, RunSpec, ScheduleState, ShobdoSource, Source
 
@@ -40,6 +40,7 @@ class TrainingFacts:
     """What was measured up to the round of the model."""
 
     losses: Sequence[RoundLoss]  # of the rounds that are known, oldest first
+    heldout: Sequence[HeldoutLoss]  # of the checkpoints that were measured, oldest first
     samples: int
     failed_rounds: int  # that no group could finish at first
     began: float | None  # when the first and the last round were finished, seconds since 1970
@@ -328,9 +329,18 @@ def _training(facts: TrainingFacts, round_number: int, picture: str | None) -> I
         rows.append(
             (f"training loss of round {last.round:,}", f"{last.mlm:.3f} a masked token, {last.sop:.3f} a sentence pair")
         )
+    if facts.heldout:
+        measured = facts.heldout[-1]
+        rows.append(
+            (
+                f"loss of the model after round {measured.round:,} on held-out text",
+                f"{measured.mlm:.3f} a masked token ({measured.mlm_accuracy:.1%} guessed right), {measured.sop:.3f} a "
+                f"sentence pair ({measured.sop_accuracy:.1%} guessed right); {measured.pairs:,} examples",
+            )
+        )
     yield _table(("", ""), rows)
     if picture:
-        yield f"![Training loss by round]({picture})"
+        yield f"![Loss by round]({picture})"
 
 
 def _hours(facts: TrainingFacts) -> Iterator[str]:

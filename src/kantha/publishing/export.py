@@ -84,7 +84,7 @@ def export_model(
             replica.model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         if facts and len(facts.losses) > 1:
-            draw_losses(facts.losses, partial / _PICTURE_FILE)
+            draw_losses(facts.losses, facts.heldout, partial / _PICTURE_FILE)
         card = write_card(
             Model(
                 spec,

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _SMOOTHED_SHARE = 1 / 30  # of the rounds, which the smoothed curve averages over; at least three of them
-_COLOUR = "#a4343a"
+_COLOUR, _HELDOUT_COLOUR = "#a4343a", "#2f3f86"
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,30 @@ class RoundLoss:
     sop: float  # per sentence pair
 
 
-def draw_losses(losses: Sequence[RoundLoss], path: Path) -> None:
-    """Draw both losses by round, raw and smoothed, to a PNG file; the same losses give the same bytes.
+@dataclass(frozen=True)
+class HeldoutLoss(RoundLoss):
+    """Mean losses of the model after a round on held-out text."""
+
+    mlm_accuracy: float  # shares from 0 to 1
+    sop_accuracy: float
+    pairs: int  # examples that were measured
+
+
+def draw_losses(losses: Sequence[RoundLoss], heldout: Sequence[RoundLoss], path: Path) -> None:
+    """Draw both losses by round, raw and smoothed, and where they are known on held-out text, to a PNG file; the same
+    losses give the same bytes.
 
     There is no text of the run in it: fonts that come with matplotlib have no Bengali.
     """
     figure = Figure(figsize=(8.0, 6.0), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    rounds = [loss.round for loss in losses]
+    rounds, measured = [loss.round for loss in losses], [loss.round for loss in heldout]
     _draw(upper, rounds, [loss.mlm for loss in losses], "masked tokens (nats)")
     _draw(lower, rounds, [loss.sop for loss in losses], "sentence order (nats)")
-    upper.set_title("Training loss by round")
+    if heldout:
+        _draw_heldout(upper, measured, [loss.mlm for loss in heldout])
+        _draw_heldout(lower, measured, [loss.sop for loss in heldout])
+    upper.set_title("Loss by round")
     upper.legend(frameon=False)
     lower.set_xlabel("round")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -40,11 +53,24 @@ def draw_losses(losses: Sequence[RoundLoss], path: Path) -> None:
 
 
 def _draw(axes: Axes, rounds: Sequence[int], values: Sequence[float], label: str) -> None:
-    axes.plot(rounds, values, color=_COLOUR, alpha=0.3, linewidth=1, label="of the round")
-    axes.plot(rounds, _smooth(values), color=_COLOUR, linewidth=2, label="smoothed")
+    axes.plot(rounds, values, color=_COLOUR, alpha=0.3, linewidth=1, label="training, of the round")
+    axes.plot(rounds, _smooth(values), color=_COLOUR, linewidth=2, label="training, smoothed")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_heldout(axes: Axes, rounds: Sequence[int], values: Sequence[float]) -> None:
+    axes.plot(
+        rounds,
+        values,
+        color=_HELDOUT_COLOUR,
+        linewidth=1,
+        marker="o",
+        markersize=5,
+        fillstyle="none",
+        label="held-out text",
+    )
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:

@@ -148,6 +148,17 @@ class Replica:
         self.round, self.lineage, self.schedule_state = manifest.round, manifest.lineage, manifest.schedule
 
 
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Copy the parameters of a checkpoint into the model, and nothing else of it.
+
+    Raises `DigestError` where a file is not what its manifest says, or is not there.
+    """
+    path = folder / MODEL_FILE
+    check_file(path, read_manifest(folder).files[MODEL_FILE])
+    with torch.no_grad():
+        _copy_into(dict(model.named_parameters()), path)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Raises `DigestError` where there is none that can be read, `NewerRunError` where its format is a newer one, and
     `RunDirectoryError` where it is an older one."""
@@ -199,7 +210,7 @@ def _is_from_before_annealing(checkpoint: Path) -> bool:
 def _copy_into(targets: dict[str, Any], path: Path) -> None:
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise DigestError(f"{path}: not a safetensors file ({error}); get it again") from None
     if tensors.keys() != targets.keys() or any(tensors[n].shape != t.shape for n, t in targets.items()):
         raise DigestError(f"{path}: holds other tensors than this run's model; get it again")

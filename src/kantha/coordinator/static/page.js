@@ -49,12 +49,21 @@ function sentence(round) {
   return `Round ${round.round}: ${facts}`;
 }
 
+function heldoutSentence(last) {
+  if (!last) return "Held-out text has not been measured yet.";
+  const right = `${percent(last.mlm_accuracy)} of the hidden words guessed right, and ${percent(last.sop_accuracy)} of`;
+  return `Held-out text at round ${number(last.round)}: loss ${number(last.loss, 2)}; ${right} the sentence orders.`;
+}
+
 function showFigures(status) {
   const last = status.rounds.at(-1);
+  const heldout = status.heldout.at(-1);
   const averaging = status.samples_in_round >= status.target_batch_size;
   const counted = `${number(status.samples_in_round)} of ${number(status.target_batch_size)} samples`;
   const progress = averaging ? "averaging" : counted;
   setField("loss", number(last ? last.loss : null, 2));
+  setField("heldout", number(heldout ? heldout.loss : null, 2));
+  setField("heldout-sentence", heldoutSentence(heldout));
   setField("round", number(status.round));
   setField("samples", number(status.samples));
   setField("speed", number(status.samples_per_second, 1));
@@ -112,8 +121,9 @@ async function drawChart() {
   Bokeh.set_log_level("error");
   await Bokeh.embed.embed_item(JSON.parse(byId("chart-item").textContent));
   const plot = Bokeh.documents[0].get_model_by_name("loss");
-  byId("curves").addEventListener("change", ({ target }) => {
-    for (const renderer of plot.renderers) if (renderer.name === target.value) renderer.visible = target.checked;
+  byId("curves").addEventListener("change", () => {
+    const ticked = new Set([...byId("curves").querySelectorAll(":checked")].map((box) => box.value));
+    for (const renderer of plot.renderers) renderer.visible = renderer.name.split(" ").every((word) => ticked.has(word));
   });
   byId("curves").hidden = false;
 }
