@@ -12,6 +12,7 @@ keeps the two in step.
     ├── MissingPackageError     14  an optional package that this command needs
     ├── PortTakenError          15  a port that another program holds
     ├── StorageError            16  a disk that is full or refuses to be written
+    ├── TokenizerError          17  a tokenizer file that cannot be used
     ├── UnreachableError        20  nobody answers at the run's address
     ├── NotACoordinatorError    21  something answers, but it is not a Kantha coordinator
     ├── FingerprintError        22  the run spec that arrived is not the one that was announced
@@ -70,6 +71,10 @@ class PortTakenError(KanthaError):
 
 class StorageError(KanthaError):
     exit_code = 16
+
+
+class TokenizerError(KanthaError):
+    exit_code = 17
 
 
 class UnreachableError(KanthaError):

@@ -39,7 +39,7 @@ def corpus_spec(corpus_file: Path) -> RunSpec:
     return RunSpec(
         name="test",
         model=ModelSpec(embedding_size=8, hidden_size=8, intermediate_size=8, layers=1, attention_heads=1),
-        tokenizer=TokenizerSpec(vocab_size=100, training_documents=500),
+        tokenizer=TokenizerSpec(vocab_size=150, training_documents=500),
         data=DataSpec(
             sources=(FileSource(kind="file", path=str(corpus_file)),),
             sequence_length=48,

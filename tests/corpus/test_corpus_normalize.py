@@ -3,6 +3,7 @@ import random
 import pytest
 
 from kantha.corpus import normalize, split_sentences
+from kantha.corpus.normalize import normalizer_of
 
 ZWNJ, ZWJ = "\u200c", "\u200d"
 
@@ -99,3 +100,16 @@ def test_bengali_sentences(text: str, sentences: list[str]) -> None:
 )
 def test_sentences_of_other_languages(text: str, sentences: list[str]) -> None:
     assert split_sentences(text, "en") == sentences
+
+
+@pytest.mark.parametrize("language", ["bn", "hi"])
+def test_a_tokenizer_normalises_as_we_do(language: str) -> None:
+    letters = "কতযরৰদুনিব\u09df\u09bc\u09be\u09bf\u09c7\u09cd\u09cd\u09ce"
+    alphabet = f"{letters}।।॥||৷৹\u09e4\u09e5::{ZWNJ}{ZWJ}{ZWJ}  \n\t\r\x1c\x1f\u2028.?a1\u00a0\u200b\ufeff…é\u0301"
+    chance = random.Random(2)
+    normalizer = normalizer_of(language)
+    for _ in range(20_000):
+        raw = "".join(chance.choices(alphabet, k=chance.randint(1, 14)))
+        canonical = normalize(raw, language)
+        assert normalizer.normalize_str(raw).lstrip(" ") == canonical.replace("\n", " "), ascii(raw)
+        assert normalizer.normalize_str(canonical) == canonical.replace("\n", " "), ascii(canonical)

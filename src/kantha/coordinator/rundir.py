@@ -2,7 +2,7 @@
 
 run.json          format, fingerprint, the swarm's port; its presence makes the folder a run
 run.yaml          the frozen run spec
-tokenizer.json    trained when the run was created; its digest is in the spec
+tokenizer.json    trained when the run was created, or before; its digest is in the spec
 keys/run.pem      the run's Ed25519 key, signs membership certificates (owner only)
 keys/peer.key     the coordinator's libp2p identity (owner only)
 order.json        the organizer's last order, signed by the run's key: to anneal
@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kantha.corpus import save_tokenizer, train_tokenizer
+from kantha.corpus import check_tokenizer, read_tokenizer, save_tokenizer, train_tokenizer
 from kantha.digests import FileDigest, check_file, digest_of
 from kantha.errors import NewerRunError, OrderError, RunDirectoryError, SpecError, StorageError
 from kantha.spec import RunSpec, ScheduleState, dump_spec, load_spec
@@ -60,21 +60,31 @@ class RunDirectory:
         self._lock = FileLock(path / ".lock", timeout=_LOCK_SECONDS)
 
     @classmethod
-    def create(cls, path: Path, spec: RunSpec, say: Callable[[str], None]) -> "RunDirectory":
+    def create(
+        cls, path: Path, spec: RunSpec, say: Callable[[str], None], tokenizer: Path | None = None
+    ) -> "RunDirectory":
         """Make a run: train its tokenizer, freeze its spec, draw its keys and its first weights.
 
         `say` is told in a sentence what happens. The folder appears only when it is whole.
+
+        :param tokenizer: a file to take instead of training one. Raises `TokenizerError` if it does not fit the spec
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunDirectoryError(f"{path}: exists already and is not empty; choose another folder for the run")
         if path.resolve() == Path.cwd():  # it would be replaced under the feet of the shell
             raise RunDirectoryError(f"{path}: is the folder you are in; name another one, which is made")
+        made = None
+        if tokenizer is not None:
+            made = read_tokenizer(tokenizer)
+            check_tokenizer(made, spec, tokenizer)
         partial = path.with_name(f".partial-{path.name}")
         try:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "keys").mkdir(parents=True)
-            say(f"training the tokenizer on up to {spec.tokenizer.training_documents:,} documents …")
-            digest = save_tokenizer(train_tokenizer(spec), partial / TOKENIZER_FILE)
+            if made is None:
+                say(f"training the tokenizer on up to {spec.tokenizer.training_documents:,} documents …")
+                made = train_tokenizer(spec, say)
+            digest = save_tokenizer(made, partial / TOKENIZER_FILE)
             spec = spec.model_copy(update={"tokenizer": spec.tokenizer.model_copy(update={"sha256": digest})})
             (partial / SPEC_FILE).write_text(dump_spec(spec), encoding="utf-8")
             RunKey.generate(partial / "keys" / "run.pem")

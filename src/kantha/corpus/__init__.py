@@ -1,6 +1,6 @@
 """Text for training: sources → normalised documents → sentences → token ids → training examples."""
 
-from kantha.corpus.examples import Batch, ExampleStream, heldout_batches, heldout_sentences
+from kantha.corpus.examples import Batch, ExampleStream, heldout_batches, heldout_documents, heldout_sentences
 from kantha.corpus.feed import Feed
 from kantha.corpus.normalize import normalize, split_sentences
 from kantha.corpus.sources import is_heldout, read_documents
@@ -11,7 +11,9 @@ from kantha.corpus.tokenizer import (
     SEP_ID,
     SPECIAL_TOKENS,
     UNK_ID,
+    check_tokenizer,
     load_tokenizer,
+    read_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
@@ -26,12 +28,15 @@ __all__ = [
     "Batch",
     "ExampleStream",
     "Feed",
+    "check_tokenizer",
     "heldout_batches",
+    "heldout_documents",
     "heldout_sentences",
     "is_heldout",
     "load_tokenizer",
     "normalize",
     "read_documents",
+    "read_tokenizer",
     "save_tokenizer",
     "split_sentences",
     "train_tokenizer",

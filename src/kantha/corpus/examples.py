@@ -375,7 +375,7 @@ def heldout_sentences(spec: RunSpec, count: int) -> list[str]:
     They are whole (they end with a terminator), have 25 to 90 characters and at least four words.
     """
     sources = spec.data.sources
-    parts = [_heldout_documents(spec, source) for source in sources]
+    parts = [heldout_documents(spec, source) for source in sources]
     sentences: list[str] = []
     for document in mix(parts, [source.weight for source in sources], spec.seed):
         if len(sentences) == count:
@@ -389,7 +389,8 @@ def _reads_well(sentence: str) -> bool:
     return 25 <= len(sentence) <= 90 and len(sentence.split()) >= 4 and sentence.endswith((".", "।", "?", "!"))
 
 
-def _heldout_documents(spec: RunSpec, source: Source) -> Iterator[str]:
+def heldout_documents(spec: RunSpec, source: Source) -> Iterator[str]:
+    """The normalised documents of a source that are kept for measuring. Raises what `read_documents` does."""
     drop = DocumentFilter(spec.data.filters, spec.language)
     for document in read_documents(source, spec.language, spec.seed, spec.data.shuffle_buffer):
         if is_heldout(document, spec.data.heldout_share) and not drop.objection(document):
@@ -399,6 +400,6 @@ def _heldout_documents(spec: RunSpec, source: Source) -> Iterator[str]:
 def _heldout_pairs(
     spec: RunSpec, source: Source, encoder: SentenceEncoder, chance: np.random.Generator
 ) -> Iterator[_Pair]:
-    documents = _heldout_documents(spec, source)
+    documents = heldout_documents(spec, source)
     while some := list(islice(documents, _PAGE)):
         yield from _pairs(some, spec, encoder, chance, Counts())

@@ -8,6 +8,8 @@ ones.
 import re
 import unicodedata
 
+from tokenizers import Regex, normalizers
+
 # Control, format, private-use and surrogate characters, except white space and the two joiners. They are listed, not
 # asked from `unicodedata`, so that the hash of a text does not depend on the Unicode version of the interpreter.
 _INVISIBLE = re.compile(
@@ -109,3 +111,58 @@ def split_sentences(text: str, language: str) -> list[str]:
         if start < len(line):
             sentences.append(line[start:].strip())
     return [sentence for sentence in sentences if sentence[:1].isalnum() or any(map(str.isalnum, sentence))]
+
+
+def normalizer_of(language: str) -> normalizers.Normalizer:
+    """`normalize` as a part of a tokenizer: raw text has the ids that `normalize` and the tokenizer would give it.
+
+    A model is loaded with plain `transformers`, which knows no `normalize`. Normalised text stays as it is, but for
+    line breaks, which are spaces to a tokenizer. Unlike ours, a replacement of `tokenizers` is the same at every match,
+    so a rule takes more than one where it replaces different things; the patterns are Oniguruma's.
+
+    One thing is lost: Metaspace marks the first word of a text by where it was in the raw one, so it goes without the
+    mark where that place moves: in a text that begins with danda after a space or of two signs, or with an old ৎ.
+    """
+    invisible = _INVISIBLE.pattern.replace("\ud800-\udfff", "")  # its strings have no surrogates
+    steps = [
+        # without its first character, a text would not have its first word marked as one
+        _replace(rf"^(?:{invisible}|{_JOINER}|\s)+", " "),
+        _replace(invisible, ""),
+        normalizers.NFKC(),
+        _replace("[\t\x1f\u1680]", " "),  # with NFKC, and the line breaks, all that is white space
+        _replace("[\v\f\r\x1c-\x1e\x85\u2028\u2029]", "\n"),
+        *(
+            [_replace(*rule) for rule in _BENGALI_JOINER_RULES]
+            if language == "bn"
+            else [_replace(_STRAY_JOINER.pattern, "")]
+        ),
+        normalizers.NFKC(),
+        _replace(" (?=[ \n])", ""),
+        *([_replace(*rule) for rule in _BENGALI_PUNCTUATION_RULES] if language == "bn" else []),
+        _replace("\n[ \n]*", " "),
+        # the space before a text is the tokenizer's own, and one after [MASK] means something
+        normalizers.Strip(left=False, right=True),
+    ]
+    return normalizers.Sequence(steps)
+
+
+def _replace(pattern: str, replacement: str) -> normalizers.Normalizer:
+    return normalizers.Replace(Regex(pattern), replacement)
+
+
+_BENGALI_JOINER_RULES = [
+    (rf"\u09a4{_JOINER}*{_HASANTA}\u200d{_JOINER}*", "\u09ce"),
+    (rf"\u200c(?<=[\u09b0\u09f0]\u200c)(?={_JOINER}*{_HASANTA}\u09af)", "\u200d"),
+    (
+        rf"{_JOINER}(?:(?<![\u09b0\u09f0{_HASANTA}]{_JOINER})"
+        rf"|(?<={_HASANTA}{_JOINER})(?!{_JOINER}*{_CONSONANT})"
+        rf"|(?<=[\u09b0\u09f0]{_JOINER})(?!{_JOINER}*{_HASANTA}\u09af))",
+        "",
+    ),
+]
+_BENGALI_PUNCTUATION_RULES = [
+    (rf"\|(?<=[\u0980-\u09ff] ?\|{{1,2}})|{_DANDA_LOOKALIKE.pattern}", "।"),
+    (_TWO_DANDAS.pattern, "॥"),
+    (_SPACE_BEFORE_DANDA.pattern, ""),
+    (rf":(?<=(?:^|[^\u0980-\u09ff\u200c\u200d])(?:{_BEFORE_VISARGA}):)(?={_CONSONANT})", "ঃ"),
+]
