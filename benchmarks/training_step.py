@@ -4,8 +4,9 @@ Kantha's step, forward and backward of `pretraining_losses`, applies the vocabul
 has its activation function in one operation. The other is `AlbertForPreTraining` as it is ordinarily trained: labels
 for every position, -100 where nothing is masked. Both have the same weights, the same batch of full length, fp32 and
 scaled-dot-product attention, and take turns. Before that their losses and gradients are compared. On a GPU also, in the
-precision that Kantha trains in there: the peak memory of each, and the largest batch that fits, doubled as long as it
-does.
+precision that Kantha trains in there: the peak memory of each, the largest batch that fits, doubled as long as it
+does, and ours as a volunteer has it: at the size that the trainer finds, compiled if that is faster, tokens per
+second and model FLOPs utilisation.
 """
 
 import argparse
@@ -18,10 +19,18 @@ from pathlib import Path
 import torch
 from transformers import AlbertForPreTraining
 
-from kantha.corpus import MASK_ID, SPECIAL_TOKENS, Batch
+from kantha.corpus import Batch
 from kantha.model import build_model, pretraining_losses
 from kantha.spec import PRESETS, RunSpec
-from kantha.training import choose_device, describe_device
+from kantha.training import (
+    Trainer,
+    choose_device,
+    choose_dtype,
+    describe_device,
+    full_batch,
+    peak_flops,
+    sizes_that_fit,
+)
 
 Loss = Callable[[AlbertForPreTraining, Batch], torch.Tensor]
 _LARGEST = 4_096  # examples
@@ -36,25 +45,8 @@ def spec_of(layers: int, hidden: int, length: int) -> RunSpec:
         "attention_heads": hidden // 64,
         "max_positions": max(length, base.model.max_positions),
     }
-    return base.model_copy(update={"model": base.model.model_copy(update=shape)})
-
-
-def random_batch(size: int, length: int, spec: RunSpec) -> Batch:
-    """A batch of random tokens, of which the spec's share is masked."""
-    generator = torch.Generator().manual_seed(size)
-    tokens = torch.randint(len(SPECIAL_TOKENS), spec.tokenizer.vocab_size, (size, length), generator=generator)
-    count = int(spec.objective.masked_share * size * length)
-    masked = torch.randperm(size * length, generator=generator)[:count].sort().values
-    inputs = tokens.flatten().clone()
-    inputs[masked] = MASK_ID
-    return Batch(
-        input_ids=inputs.view(size, length),
-        attention_mask=torch.ones(size, length, dtype=torch.int64),
-        token_type_ids=torch.zeros(size, length, dtype=torch.int64),
-        masked_positions=masked,
-        masked_labels=tokens.flatten()[masked],
-        swapped=torch.randint(0, 2, (size,), generator=generator),
-    )
+    data = base.data.model_copy(update={"sequence_length": length})
+    return base.model_copy(update={"model": base.model.model_copy(update=shape), "data": data})
 
 
 def ours(model: AlbertForPreTraining, batch: Batch) -> torch.Tensor:
@@ -99,27 +91,43 @@ def seconds(loss: Loss, model: AlbertForPreTraining, batch: Batch) -> float:
     return elapsed
 
 
-def gpu_figures(loss: Loss, model: AlbertForPreTraining, spec: RunSpec, size: int, length: int) -> dict[str, float]:
-    """Peak memory of a step in GiB, and the largest batch that fits, both under autocast."""
-    precise = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+def memory_figures(loss: Loss, model: AlbertForPreTraining, spec: RunSpec, size: int) -> dict[str, float]:
+    """Peak memory of a step in GiB, and the largest batch that fits, both in the precision that Kantha trains in."""
+    device = choose_device()
 
     def step(examples: int) -> float:
         model.zero_grad()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with torch.autocast("cuda", precise):
-            value = loss(model, random_batch(examples, length, spec).to("cuda"))
+        with torch.autocast("cuda", choose_dtype(device)):
+            value = loss(model, full_batch(spec, examples).to(device))
         value.backward()
         return torch.cuda.max_memory_allocated() / 2**30
 
-    peak, largest = step(size), size
-    try:
-        while largest < _LARGEST:
-            step(2 * largest)
-            largest *= 2
-    except torch.cuda.OutOfMemoryError:
-        pass
-    return {"peak_gib": peak, "largest_batch": largest}
+    fitting = (examples for examples, _ in sizes_that_fit(step, _LARGEST))
+    figures = {"peak_gib": step(size), "largest_batch": max(fitting, default=0)}
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    return figures
+
+
+def trainer_figures(spec: RunSpec, seconds: float = 10.0) -> dict[str, float | None]:
+    """What a volunteer's trainer makes of this GPU."""
+    device = choose_device()
+    trainer = Trainer(spec, device)
+    trainer.prepare(None, lambda line: print(f"  {line}"))
+    batch, tokens, flops = full_batch(spec, trainer.micro_batch), 0, 0.0
+    trainer.compute([batch])
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        if (gradients := trainer.compute([batch])) is not None:
+            tokens, flops = tokens + gradients.tokens, flops + gradients.flops
+    elapsed, peak = time.perf_counter() - began, peak_flops(device)
+    return {
+        "micro_batch": trainer.micro_batch,
+        "tokens_per_second": tokens / elapsed,
+        "mfu": flops / elapsed / peak if peak else None,
+    }
 
 
 def main() -> None:
@@ -138,7 +146,7 @@ def main() -> None:
     plain.load_state_dict(model.state_dict())
     plain.sop_classifier.dropout.p = 0.0  # chance would make the two different steps
     ways = (("ours", ours, model), ("theirs", theirs, plain))
-    batch = random_batch(options.batch, options.length, spec).to(device)
+    batch = full_batch(spec, options.batch).to(device)
     loss_error, gradient_error = compare(model, plain, batch)
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     for repeat in range(options.repeats + 1):
@@ -165,8 +173,12 @@ def main() -> None:
     print(f"  relative error: loss {loss_error:.1e}, gradients at most {gradient_error:.1e}")
     if device.type == "cuda":
         for name, loss, network in ways:
-            result[name] = gpu_figures(loss, network, spec, options.batch, options.length)
+            result[name] = memory_figures(loss, network, spec, options.batch)
             print(f"  {name}: {result[name]['peak_gib']:.2f} GiB, largest batch {result[name]['largest_batch']}")
+        result["trainer"] = trainer_figures(spec)
+        result["mfu"] = result["trainer"]["mfu"]
+        used = "unknown" if result["mfu"] is None else f"{result['mfu']:.1%}"
+        print(f"  trainer: {result['trainer']['tokens_per_second']:.0f} tokens/s, model FLOPs utilisation {used}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -13,6 +13,7 @@ keeps the two in step.
     ├── PortTakenError          15  a port that another program holds
     ├── StorageError            16  a disk that is full or refuses to be written
     ├── TokenizerError          17  a tokenizer file that cannot be used
+    ├── DeviceMemoryError       18  a GPU on which not even one example fits
     ├── UnreachableError        20  nobody answers at the run's address
     ├── NotACoordinatorError    21  something answers, but it is not a Kantha coordinator
     ├── FingerprintError        22  the run spec that arrived is not the one that was announced
@@ -75,6 +76,10 @@ class StorageError(KanthaError):
 
 class TokenizerError(KanthaError):
     exit_code = 17
+
+
+class DeviceMemoryError(KanthaError):
+    exit_code = 18
 
 
 class UnreachableError(KanthaError):

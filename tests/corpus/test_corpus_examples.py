@@ -256,3 +256,17 @@ def test_a_corpus_without_usable_text_is_told(
         ExampleStream(spec, corpus_tokenizer, 0).next_batch(4)
     with pytest.raises(CorpusError, match=r"no held-out document.*heldout_share"):
         heldout_batches(spec, corpus_tokenizer, 4, 4)
+
+
+def test_a_batch_in_parts_has_the_same_examples(corpus_spec: RunSpec, corpus_tokenizer: Tokenizer) -> None:
+    batch = ExampleStream(corpus_spec, corpus_tokenizer, 3).next_batch(7)
+    assert batch.split(7) == [batch]
+    for most in (1, 2, 3, 6):
+        parts = batch.split(most)
+        assert [part.size for part in parts[:-1]] == [most] * (6 // most)
+        for name in ("input_ids", "attention_mask", "token_type_ids", "masked_labels", "swapped"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+        whole = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+        whole.view(-1)[batch.masked_positions] = True
+        for part, rows in zip(parts, whole.split(most), strict=True):
+            assert torch.equal(part.masked_positions, rows.flatten().nonzero().flatten())

@@ -26,6 +26,17 @@ def test_a_feed_has_the_stream_s_batches_and_knows_the_place_of_the_one_that_was
         assert same(continued.next_batch(8), feed.next_batch())
 
 
+def test_batches_that_are_made_later_have_the_size_that_was_set(
+    corpus_spec: RunSpec, corpus_tokenizer: Tokenizer
+) -> None:
+    with Feed(ExampleStream(corpus_spec, corpus_tokenizer, 4), 8, ahead=2) as feed:
+        assert feed.next_batch().size == 8
+        feed.size = 3
+        sizes = [feed.next_batch().size for _ in range(6)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert (set(sizes), sizes[-1]) <= ({3, 8}, 3)
+
+
 def test_a_feed_that_is_full_ends_at_once(corpus_spec: RunSpec, corpus_tokenizer: Tokenizer) -> None:
     before = threading.active_count()
     with Feed(ExampleStream(corpus_spec, corpus_tokenizer, 4), 8, ahead=1) as feed:

@@ -53,9 +53,9 @@ def test_a_failed_round_is_told_once_and_cannot_play_with_the_terminal(engine: S
 
 def test_a_round_that_ended_is_a_line(engine: SimpleNamespace) -> None:
     session = Session("CPU", engine)  # type: ignore[arg-type]
-    session.computed(Gradients([], 10, 5.0, 0.5), seconds=9.9, waited=0.1)
+    session.computed(Gradients([], 10, 5.0, 0.5, 300, 1e9), seconds=9.9, waited=0.1)
     session.ended(RoundResult(round=8, lineage="x", samples=10, peers=3, lost=0))
     assert lines(engine, session, True) == [
-        "round 8: 10 samples of mine, loss 5.500, 3 peers (10 samples so far, swarm 3.0 samples/s, "
-        "computing 99% of the time)"
+        "round 8: 10 samples of mine, loss 5.500, 3 peers (10 samples so far, 1.0 samples/s, 30 tokens/s, "
+        "computing 99% of the time, swarm 3.0 samples/s)"
     ]

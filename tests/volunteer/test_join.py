@@ -4,6 +4,8 @@ import io
 import json
 import os
 import sys
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,18 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from kantha.coordinator.service import Coordinator
+from kantha.corpus import Batch, ExampleStream, Feed
 from kantha.errors import DigestError, ProcessEndedError
-from kantha.spec import RunSpec
-from kantha.training import Replica
+from kantha.spec import RunSpec, ScheduleState
+from kantha.swarm.reports import FailedRound, Roster
+from kantha.swarm.rounds import Phase
+from kantha.training import Replica, Trainer
 from kantha.volunteer import join as module
 from kantha.volunteer.client import CoordinatorClient
+from kantha.volunteer.console import VolunteerConsole
 from kantha.volunteer.folders import PeerFolder
-from kantha.volunteer.join import JoinOptions, fetch_tokenizer, join, load_state, open_stream
+from kantha.volunteer.join import JoinOptions, fetch_tokenizer, join, load_state, open_stream, train
+from kantha.volunteer.session import Session
 
 
 class FakeEngine:
@@ -105,6 +112,66 @@ def test_a_volunteer_that_comes_back_goes_on_in_its_text(tiny_spec: RunSpec, tin
     for damaged in ("{", "[]", json.dumps({"window": 0, "taken": 0, "sources": [["x"] * 6]})):
         (folder.path / "data.json").write_text(damaged, encoding="utf-8")
         assert open_stream(tiny_spec, tiny_tokenizer, "12D3KooWpeer", folder).state()["window"] == 0
+
+
+class SwarmOfOne:
+    """What the training loop asks of an engine, which ends it after so many gradients."""
+
+    phase, round, target, samples_per_second = Phase.COMPUTING, 0, 64, 1.0
+    schedule_state = ScheduleState()
+
+    def __init__(self, gradients: int) -> None:
+        self.left, self.stop, self.samples = gradients, threading.Event(), 0
+        self.failures: list[FailedRound] = []
+        self.roster = Roster()
+
+    def hold(self) -> AbstractContextManager[int]:
+        return nullcontext(0)
+
+    def contribute(self, _gradients: list[torch.Tensor], samples: int) -> None:
+        self.samples += samples
+        self.left -= 1
+        if self.left == 0:
+            self.stop.set()
+
+    def progress(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+
+def test_a_batch_for_which_memory_does_not_suffice_is_told_once_and_later_ones_are_smaller(
+    tiny_spec: RunSpec, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_HAND_OVER_SECONDS", 0.0)  # one batch each
+    engine, said, tried = SwarmOfOne(gradients=40), io.StringIO(), []
+    trainer, replica = Trainer(tiny_spec, torch.device("cpu")), Replica(tiny_spec)
+    step = trainer._step
+
+    def small_device(batch: Batch, weight: float) -> Any:
+        tried.append(batch.size)
+        if batch.size > 3:
+            raise torch.OutOfMemoryError("a device of this test")
+        return step(batch, weight)
+
+    monkeypatch.setattr(trainer, "_step", small_device)
+    trainer.prepare(8, lambda line: None)
+    session = Session("a small device", engine)  # type: ignore[arg-type]
+    screen = VolunteerConsole(
+        "tiny",
+        "",
+        "Asha",
+        session,
+        engine,
+        Console(file=said, width=200),
+        engine.stop,  # type: ignore[arg-type]
+    )
+    with Feed(ExampleStream(tiny_spec, tiny_tokenizer, 3), trainer.micro_batch, ahead=4) as feed:
+        folder = PeerFolder(tiny_spec.fingerprint, "Asha")
+        train(feed, trainer, engine, replica, session, screen, folder, engine.stop)  # type: ignore[arg-type]
+    assert said.getvalue().splitlines() == ["memory did not suffice: from now on 2 examples at once; nothing is lost"]
+    assert tried[:6] == [8, 4, 2, 2, 2, 2]
+    assert set(tried[2:]) == {2}
+    assert engine.samples == sum(tried[2:])  # every sample was computed, and only once
+    assert engine.samples < 40 * 8  # the feed makes smaller ones by now
 
 
 # ---- a process that is gone

@@ -12,7 +12,7 @@ from kantha.volunteer.session import Session
 
 
 def gradients(samples: int, mlm: float = 5.0, sop: float = 0.5) -> Gradients:
-    return Gradients([], samples, mlm, sop)
+    return Gradients([], samples, mlm, sop, tokens=30 * samples, flops=1e9 * samples)
 
 
 def result(number: int, samples: int, peers: int = 2, lost: int = 0) -> RoundResult:
@@ -102,6 +102,20 @@ def test_the_computing_share_is_what_was_not_waited(session: Session) -> None:
     assert session.computing_share is None
     session.computed(gradients(4), seconds=9.0, waited=1.0)
     assert session.computing_share == pytest.approx(0.9)
+
+
+def test_speeds_are_told_in_samples_and_tokens_and_on_a_known_gpu_as_a_share_of_its_peak(
+    engine: SimpleNamespace,
+) -> None:
+    engine.samples_per_second = 4.0
+    for peak, share in ((None, ""), (10e9, ", 30% of the device's peak")):
+        session = Session("GPU", engine, peak)  # type: ignore[arg-type]
+        assert session.pace == ""
+        session.computed(gradients(20), seconds=5.0, waited=1.0)
+        session.computed(gradients(10), seconds=4.0, waited=0.0)
+        assert session.pace == f", 3.0 samples/s, 90 tokens/s{share}, computing 90% of the time"
+        assert session.tokens_per_second == pytest.approx(4.0 * 30)
+        assert session.utilisation == (pytest.approx(0.4) if peak else None)
 
 
 @pytest.mark.parametrize(

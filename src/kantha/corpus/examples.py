@@ -57,6 +57,29 @@ class Batch:
         """The same batch on another device."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
+    def split(self, most: int) -> list["Batch"]:
+        """The same examples in the same order, in batches of at most `most`, padded as they were."""
+        if self.size <= most:
+            return [self]
+        width = self.input_ids.shape[1]
+        parts = []
+        for start in range(0, self.size, most):
+            rows = slice(start, start + most)
+            begin, end = torch.searchsorted(
+                self.masked_positions, torch.tensor([start * width, (start + most) * width])
+            ).tolist()
+            parts.append(
+                Batch(
+                    self.input_ids[rows],
+                    self.attention_mask[rows],
+                    self.token_type_ids[rows],
+                    self.masked_positions[begin:end] - start * width,
+                    self.masked_labels[begin:end],
+                    self.swapped[rows],
+                )
+            )
+        return parts
+
 
 @dataclass(frozen=True)
 class _Pair:

@@ -16,11 +16,12 @@ class Feed:
 
     def __init__(self, stream: ExampleStream, size: int, ahead: int = 16) -> None:
         """
-        :param size: examples of a batch
+        :param size: examples of a batch; it may be set anew, for the batches that are made from then on
         :param ahead: batches that are made before they are asked for, at most
         """
         self.state: Mapping[str, Any] = stream.state()  # after the batch that was taken last
-        self._stream, self._size = stream, size
+        self.size = size
+        self._stream = stream
         self._made: queue.Queue[tuple[Batch, Mapping[str, Any]] | Exception] = queue.Queue(ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._make, name="feed", daemon=True)
@@ -45,7 +46,7 @@ class Feed:
         made: tuple[Batch, Mapping[str, Any]] | Exception
         while not self._stop.is_set():
             try:
-                made = (self._stream.next_batch(self._size), self._stream.state())
+                made = (self._stream.next_batch(self.size), self._stream.state())
             except Exception as error:  # noqa: BLE001  raised again by `next_batch`, in the thread that asks
                 made = error
             while not self._stop.is_set():

@@ -61,19 +61,19 @@ class VolunteerConsole:
         for failed in [failed for failed in list(self._engine.failures) if failed not in self._failed]:
             self._failed.append(failed)
             reason = printable(failed.reason)  # it may have been a stranger's word
-            self._print(f"round {failed.round} failed ({reason}); it is tried again, and nothing is lost")
+            self.say(f"round {failed.round} failed ({reason}); it is tried again, and nothing is lost")
         if round_ended and (result := session.last_round) is not None and not self._console.is_terminal:
             with_whom = "alone" if result.peers == 1 else f"{result.peers} peers"
             loss = f", loss {session.loss:.3f}" if session.loss is not None else ""
-            share = f", computing {session.computing_share:.0%} of the time" if session.computing_share else ""
-            self._print(
+            self.say(
                 f"round {result.round}: {result.samples} samples of mine{loss}, {with_whom} "
-                f"({session.counted} samples so far, swarm {self._engine.progress()[1]:.1f} samples/s{share})"
+                f"({session.counted} samples so far{session.pace}, swarm {self._engine.progress()[1]:.1f} samples/s)"
             )
         elif not self._console.is_terminal and time.monotonic() - self._said > _PLAIN_SECONDS:
-            self._print(f"{session.state}: {session.next_event()}")
+            self.say(f"{session.state}: {session.next_event()}")
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line, above the live panel where there is one."""
         self._said = time.monotonic()
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -84,7 +84,9 @@ class VolunteerConsole:
         facts.add_column()
         facts.add_row("round", str(session.round))
         facts.add_row("my samples", f"{session.counted + session.samples}  ({session.samples} not in a round yet)")
-        facts.add_row("my speed", f"{session.speed:.1f} samples/s on {session.device}")
+        facts.add_row("my speed", f"{session.speed:.1f} samples/s, {session.tokens_per_second:.0f} tokens/s")
+        used = session.utilisation
+        facts.add_row("device", session.device if used is None else f"{session.device}, {used:.0%} of its peak")
         facts.add_row("swarm", f"{session.peers} volunteer{'s' * (session.peers != 1)}, {speed:.1f} samples/s")
         share = session.computing_share
         facts.add_row("computing", "–" if share is None else f"{share:.0%} of the time")

@@ -27,14 +27,13 @@ from kantha.spec import FileSource, RunSpec
 from kantha.swarm.node import Node, log_to_file
 from kantha.swarm.processes import start_again
 from kantha.swarm.rounds_engine import RoundsEngine
-from kantha.training import Replica, Trainer, choose_device, describe_device
+from kantha.training import Replica, Trainer, choose_device, describe_device, peak_flops
 from kantha.volunteer.client import CoordinatorClient, request_membership
 from kantha.volunteer.console import VolunteerConsole, download_progress, state_progress
 from kantha.volunteer.folders import PeerFolder
 from kantha.volunteer.session import Session
 
 _log = logging.getLogger(__name__)
-_CPU_BATCH, _GPU_BATCH = 8, 32  # examples computed at once
 _HAND_OVER_SECONDS = 1.0
 _NOTE_SECONDS = 30.0  # between two notes of the place in the data, which a killed program goes on from
 _LARGE = 5_000_000  # bytes from which on a download is worth a line where no bar is drawn
@@ -105,15 +104,15 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
         ):
             signals.install()
             device = choose_device()
-            session = Session(describe_device(device), engine)
+            session = Session(describe_device(device), engine, peak_flops(device))
             engine.complete = session.complete
+            trainer = Trainer(spec, device)
+            trainer.prepare(options.micro_batch, lambda line: _say(console, line))  # the state is on its way meanwhile
             load_state(client, spec, folder, engine, console)
             # peers of one run differ in their keys, so the key seeds a walk through the data that is this peer's own
             stream = open_stream(spec, tokenizer, identity.peer_id, folder)
-            trainer = Trainer(spec, device)
-            batch = options.micro_batch or (_GPU_BATCH if device.type == "cuda" else _CPU_BATCH)
             with (
-                Feed(stream, batch) as feed,
+                Feed(stream, trainer.micro_batch) as feed,
                 VolunteerConsole(
                     spec.name, client.url, options.username, session, engine, console, signals.stop
                 ) as screen,
@@ -127,11 +126,10 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
             for result in engine.leave():
                 session.ended(result)
             engine.say_goodbye()
-        share = session.computing_share
         _say(
             console,
             f"left after {(time.monotonic() - session.started) / 60:.1f} minutes: {session.counted} of your samples "
-            f"count{f', computing {share:.0%} of the time' if share else ''}. Thank you!"
+            f"count{session.pace}. Thank you!"
             + ("" if engine.schedule_state.is_finished else f" `kantha join {url}` comes back any time."),
         )
 
@@ -172,6 +170,9 @@ def train(
         began = time.monotonic()
         gradients = trainer.compute(_batches(feed))
         waited, ended = began - ended, time.monotonic()
+        if trainer.micro_batch < feed.size:
+            feed.size = trainer.micro_batch
+            screen.say(f"memory did not suffice: from now on {feed.size} examples at once; nothing is lost")
         if ended - noted > _NOTE_SECONDS:
             folder.save_place(feed.state)
             noted = ended

@@ -28,6 +28,8 @@ class _Work:
     waited: float = 0.0
     mlm_loss_sum: float = 0.0
     sop_loss_sum: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
 
     def add(self, other: "_Work") -> None:
         self.samples += other.samples
@@ -35,17 +37,22 @@ class _Work:
         self.waited += other.waited
         self.mlm_loss_sum += other.mlm_loss_sum
         self.sop_loss_sum += other.sop_loss_sum
+        self.tokens += other.tokens
+        self.flops += other.flops
 
 
 class Session:
     """Safe to use from several threads."""
 
-    def __init__(self, device: str, engine: RoundsEngine) -> None:
+    def __init__(self, device: str, engine: RoundsEngine, peak_flops: float | None = None) -> None:
+        """
+        :param peak_flops: operations a second that the device could do; None where that is not known
+        """
         self.device = device
         self.started = time.monotonic()
         self.last_round: RoundResult | None = None
         self.counted = 0  # samples in finished rounds
-        self._engine = engine
+        self._engine, self._peak = engine, peak_flops
         self._lock = threading.Lock()
         self._rounds: deque[RoundReport] = deque(maxlen=ROUNDS_KEPT)
         self._work: deque[_Work] = deque()  # handed over, and in no round yet; oldest first
@@ -65,6 +72,8 @@ class Session:
             waited,
             gradients.mlm_loss * gradients.samples,
             gradients.sop_loss * gradients.samples,
+            gradients.tokens,
+            gradients.flops,
         )
         with self._lock:
             self._work.append(work)
@@ -123,6 +132,31 @@ class Session:
         with self._lock:
             seconds, waited = self._total.seconds, self._total.waited
         return seconds / (seconds + waited) if seconds > 0 else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of text; padding does not count."""
+        with self._lock:
+            return self.speed * self._total.tokens / max(1, self._total.samples)
+
+    @property
+    def utilisation(self) -> float | None:
+        """Model FLOPs utilisation, see `kantha.training.utilisation`; None where the device's peak is not known."""
+        with self._lock:
+            flops = self._total.flops / max(1, self._total.samples)
+        return self.speed * flops / self._peak if self._peak else None
+
+    @property
+    def pace(self) -> str:
+        """The speed since training began, to go on a sentence with; empty before the first gradients."""
+        with self._lock:
+            total = self._total
+            seconds = total.seconds + total.waited
+            if seconds == 0:
+                return ""
+            pace = f", {total.samples / seconds:.1f} samples/s, {total.tokens / seconds:.0f} tokens/s"
+            used = f", {total.flops / seconds / self._peak:.0%} of the device's peak" if self._peak else ""
+            return f"{pace}{used}, computing {total.seconds / seconds:.0%} of the time"
 
     @property
     def loss(self) -> float | None:
