@@ -74,7 +74,7 @@ class Run:
         self.url = ""
 
     def serve(self, port: int = 0) -> Command:
-        command = self._start("coordinator", "serve", str(self.run_dir), "--port", str(port))
+        command = self.start("coordinator", "serve", str(self.run_dir), "--port", str(port))
         offset = len(command.output())
 
         def answers() -> bool:
@@ -88,9 +88,9 @@ class Run:
         return command
 
     def join(self, name: str, *options: str) -> Command:
-        return self._start(name, "join", self.url, "--name", name, "--threads", "1", "--micro-batch", "4", *options)
+        return self.start(name, "join", self.url, "--name", name, "--threads", "1", "--micro-batch", "4", *options)
 
-    def _start(self, name: str, *arguments: str) -> Command:
+    def start(self, name: str, *arguments: str) -> Command:
         command = Command(self.folder, name, *arguments)
         self.commands.append(command)
         return command

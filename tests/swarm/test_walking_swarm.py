@@ -118,6 +118,37 @@ def test_training_resumes_from_the_last_checkpoint_when_all_have_left(run: Run) 
 
 
 @pytest.mark.slow
+def test_a_running_swarm_is_annealed_and_then_everybody_leaves(run: Run) -> None:
+    run.serve()
+    volunteers = [run.join("Asha"), run.join("Rafiq")]
+    run.wait_for_volunteer("Rafiq", 90)
+    wait_for(lambda: (s := run.status()) and s.checkpoint_round >= 2, 60, f"a checkpoint\n{run.story()}")
+    organizer = run.start("organizer", "anneal", str(run.run_dir), "--samples", "3000")
+    assert organizer.process.wait(60) == 0, organizer.output()
+    wait_for(lambda: (s := run.status()) and s.annealed == 1, 120, f"the end\n{run.story()}")
+    for volunteer in volunteers:
+        wait_for(lambda v=volunteer: v.process.poll() is not None, 60, f"{volunteer.name} leaves\n{run.story()}")
+        assert volunteer.process.returncode == 0
+        assert "the run is finished" in volunteer.output()
+    end = run.status()
+    assert end is not None
+    assert end.learning_rate == 0
+    wait_for(lambda: (s := run.status()) and s.checkpoint_round == s.round, 30, f"the last checkpoint\n{run.story()}")
+    checkpoints = list_checkpoints(RunDirectory.open(run.run_dir).checkpoints)
+    states = [read_manifest(checkpoint).schedule for checkpoint in checkpoints]
+    assert states[0].is_finished
+    assert states[-1].annealed is None, "one from before is kept"
+    # who comes too late is told, and does not train on
+    late = run.join("Mitu")
+    wait_for(lambda: late.process.poll() is not None, 120, f"Mitu leaves\n{run.story()}")
+    assert late.process.returncode == 0
+    assert "the run is finished" in late.output()
+    again = run.status()
+    assert again is not None
+    assert again.round == end.round
+
+
+@pytest.mark.slow
 def test_volunteers_that_nobody_can_dial_train_through_the_coordinator(run: Run) -> None:
     run.serve()
     run.join("Asha", "--outbound-only")
