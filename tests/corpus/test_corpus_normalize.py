@@ -1,4 +1,6 @@
+import importlib
 import random
+from itertools import pairwise, product
 
 import pytest
 
@@ -6,6 +8,7 @@ from kantha.corpus import normalize, split_sentences
 from kantha.corpus.normalize import normalizer_of
 
 ZWNJ, ZWJ = "\u200c", "\u200d"
+module = importlib.import_module("kantha.corpus.normalize")  # its name is that of its function, too
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,25 @@ def test_normalising_twice_changes_nothing(language: str) -> None:
         assert normalize(once, language) == once, ascii(once)
 
 
+@pytest.mark.parametrize("language", ["bn", "hi"])
+def test_text_that_is_taken_for_canonical_at_a_glance_is_what_the_rules_make_of_it(
+    language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = "".join(map(chr, range(0x980, 0xA00)))
+    alphabets = [
+        f"{block}{' ' * 20}\n\n\n।॥.?!:|ab1‘”–—²…{ZWNJ}{ZWJ}\u00a0\t\r\u0301",
+        "কয\u09df\u09bc\u09be\u09c7\u09cd\u09d7 \n।॥",
+    ]
+    chance = random.Random(2)
+    texts = ["".join(chance.choices(alphabet, k=chance.randint(0, 9))) for alphabet in alphabets for _ in range(15_000)]
+    texts += map("".join, product("কয\u09bc\u09be\u09c7\u09cd\u09d7 \n।", repeat=4))
+    quick = [normalize(text, language) for text in texts]
+    assert sum(map(module._is_canonical, texts)) > 5_000
+    monkeypatch.setattr(module, "_is_canonical", lambda text: False)
+    for text, canonical in zip(texts, quick, strict=True):
+        assert canonical == normalize(text, language), ascii(text)
+
+
 @pytest.mark.parametrize(
     ("text", "sentences"),
     [
@@ -113,3 +135,17 @@ def test_a_tokenizer_normalises_as_we_do(language: str) -> None:
         canonical = normalize(raw, language)
         assert normalizer.normalize_str(raw).lstrip(" ") == canonical.replace("\n", " "), ascii(raw)
         assert normalizer.normalize_str(canonical) == canonical.replace("\n", " "), ascii(canonical)
+
+
+def test_text_without_a_full_stop_is_split_by_the_same_rule(corpus_texts: list[str]) -> None:
+    def by_terminators(text: str) -> list[str]:
+        sentences = []
+        for line in text.split("\n"):
+            ends = [0, *(match.end() for match in module._TERMINATOR.finditer(line)), len(line)]
+            sentences += [line[start:end].strip() for start, end in pairwise(ends)]
+        return [sentence for sentence in sentences if any(map(str.isalnum, sentence))]
+
+    chance = random.Random(3)
+    texts = ["".join(chance.choices("কখ১ab।॥?!؟'\")”» \n", k=chance.randint(0, 12))) for _ in range(20_000)]
+    for text in ["\n".join(corpus_texts), *texts, *map("".join, product("ক।?!a' \n", repeat=5))]:
+        assert split_sentences(text, "bn") == by_terminators(text), ascii(text)

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 
 from kantha.corpus import MASK_ID, SPECIAL_TOKENS, Batch, ExampleStream, is_heldout, normalize, read_documents
 from kantha.corpus.encode import SentenceEncoder
+from kantha.corpus.examples import _cut
 from kantha.corpus.filters import DocumentFilter
 from kantha.corpus.masking import Masker
 from kantha.corpus.sources import Place, Walk, open_source
@@ -92,7 +94,7 @@ def test_packing_loses_nothing_but_what_it_says(
         [pair] = pairs.take(1)
         if pairs._begin.epoch == 1:
             break
-        kept += len(pair.first) + len(pair.second)
+        kept += len(pair.ids) - 3
     assert stream.counts.documents >= len(training)
     assert kept + stream.counts.short >= available
     assert kept <= available
@@ -101,7 +103,7 @@ def test_packing_loses_nothing_but_what_it_says(
 
 def test_words_of_a_sentence_are_tokenized_as_the_sentence_is(corpus_tokenizer: Tokenizer) -> None:
     chance = random.Random(0)
-    alphabet = "আমারইলিশমাছ।॥,.!?-—()'\"“”১২৩abcXY☃ 　্ায়়‌‍ \u0982\u0983"
+    alphabet = "আমারইলিশমাছ।॥,.!?-—()'\"“”১২৩৳abcXYÉशि९•☃ 　্ায়়‌‍ \u0982\u0983"
     sentences = [
         text
         for _ in range(3_000)
@@ -115,6 +117,16 @@ def test_words_of_a_sentence_are_tokenized_as_the_sentence_is(corpus_tokenizer: 
             expected = corpus_tokenizer.encode(sentence, add_special_tokens=False).ids
             assert ids[end - length : end].tolist() == expected, sentence
     assert encoder.encode([])[0].tolist() == []
+
+
+def test_a_document_that_fits_is_cut_at_once_as_a_long_one_is() -> None:
+    chance = random.Random(0)
+    for _ in range(1_000):
+        edges = list(accumulate((chance.randint(1, 20) for _ in range(30)), initial=0))
+        first, last = sorted(chance.sample(range(31), 2))
+        size = edges[last] - edges[first]
+        one_pair = [(edges[first], edges[last], first + 1, last)] if size >= 8 else []
+        assert list(_cut(edges, first, last, room=size + chance.randint(0, 9))) == one_pair
 
 
 @pytest.mark.parametrize("masking", ["word", "ngram"])

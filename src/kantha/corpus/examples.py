@@ -1,13 +1,14 @@
 """Training examples: masked tokens and sentence order (Lan et al. 2020, arXiv 1909.11942, sections 3.1 and 4.6).
 
-text → documents → sentences → ids, each word tokenized once → pairs of segments → windows of pairs, masked at once and
-ordered by length → batches. A stream knows its place in all of this as a few numbers, and goes on from there.
+text → pages of documents → sentences → ids, each word tokenized once → pairs of segments → windows of pairs, masked at
+once and ordered by length → batches. From the ids on everything is in flat arrays, one example after the other. A
+stream knows its place in all of this as a few numbers, and goes on from there.
 """
 
-from bisect import bisect_right
-from collections import Counter, deque
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import accumulate, chain, islice
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from kantha.corpus.encode import SentenceEncoder
+from kantha.corpus.encode import SentenceEncoder, ranges
 from kantha.corpus.filters import DocumentFilter
 from kantha.corpus.masking import Masker
 from kantha.corpus.normalize import normalize, split_sentences
@@ -25,7 +26,7 @@ from kantha.errors import CorpusError
 from kantha.spec import Masking, RunSpec, Source
 
 _FEWEST_TOKENS = 8  # of both segments together; less text teaches neither masked tokens nor sentence order
-_PAGE = 128  # documents that are tokenized together, and whose examples are shuffled together
+_PAGE = 256  # documents that are tokenized together, and whose examples are shuffled together
 _WINDOW = 512  # examples that are ordered by length together
 _BUCKET = 32  # examples of like length that stay together; a smaller batch has less padding, a larger one more
 _LENGTH_STEP = 8  # batches are padded to a multiple of it, which matrix units like
@@ -82,21 +83,47 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Pair:
-    first: np.ndarray
-    second: np.ndarray
-    swapped: bool
+class _Rows:
+    """N examples, `[CLS] A [SEP] B [SEP]`, one after the other in flat arrays: T tokens in all."""
 
+    ids: np.ndarray  # [T] as the model sees them; the labels until they are masked
+    labels: np.ndarray  # [T] as the text has them
+    masked: np.ndarray  # [T] bool
+    ends: np.ndarray  # [N] where each example ends
+    first: np.ndarray  # [N] tokens of its `[CLS] A [SEP]`
+    swapped: np.ndarray  # [N] bool
 
-@dataclass(frozen=True)
-class _Row:
-    """One finished example of n tokens."""
+    def __len__(self) -> int:
+        return len(self.ends)
 
-    ids: np.ndarray  # [n] as the model sees them
-    labels: np.ndarray  # [n] as they were
-    masked: np.ndarray  # [n] bool
-    first: int  # tokens of `[CLS] A [SEP]`
-    swapped: bool
+    def __getitem__(self, rows: slice) -> "_Rows":
+        start, stop, _ = rows.indices(len(self))
+        begin = self.ends[start - 1] if start else 0
+        here, there = slice(begin, self.ends[stop - 1] if stop else 0), slice(start, stop)
+        return _Rows(
+            self.ids[here],
+            self.labels[here],
+            self.masked[here],
+            self.ends[there] - begin,
+            self.first[there],
+            self.swapped[there],
+        )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.ends, prepend=0)
+
+    def ordered(self, order: np.ndarray) -> "_Rows":
+        lengths = self.lengths[order]
+        tokens = ranges(self.ends[order] - lengths, lengths)
+        return _Rows(
+            self.ids[tokens],
+            self.labels[tokens],
+            self.masked[tokens],
+            np.cumsum(lengths),
+            self.first[order],
+            self.swapped[order],
+        )
 
 
 @dataclass
@@ -133,51 +160,46 @@ class ExampleStream:
         encoder = SentenceEncoder(tokenizer)
         self._masker = Masker(tokenizer, spec.objective.masked_share, spec.objective.masking)
         self._weights = np.array([source.weight for source in spec.data.sources])
-        self._rows: deque[_Row] = deque()
-        self._windows: deque[tuple[dict[str, Any], int]] = deque()  # that rows are of: state before it, rows in it
-        self._window, skip, places = _read_state(state, len(spec.data.sources))
+        self._window, taken, places = _read_state(state, len(spec.data.sources))
         self._sources = [
             _SourcePairs(spec, source, encoder, [*self._seeds, index], self.counts, place)
             for index, (source, place) in enumerate(zip(spec.data.sources, places, strict=True))
         ]
-        if skip:
-            self._add_window()
-            self._drop(skip)
+        self._before: dict[str, Any] = {}  # the state before the window
+        self._rows = self._next_window() if taken else None
+        self._taken = taken  # rows of the window
 
     def next_batch(self, size: int) -> Batch:
         """Return the next `size` examples, padded to the longest of them.
 
         Raises `CorpusError` if a source cannot be read or has no usable document. After an error the stream is over.
         """
-        while len(self._rows) < size:
-            self._add_window()
-        return _collate(self._drop(size), self._spec)
+        parts: list[_Rows] = []
+        while size:
+            if self._rows is None:
+                self._rows = self._next_window()
+            part = self._rows[self._taken : self._taken + size]
+            parts.append(part)
+            size -= len(part)
+            self._taken += len(part)
+            if self._taken == len(self._rows):
+                self._rows, self._taken = None, 0
+        return _collate(_joined(parts), self._spec)
 
     def state(self) -> dict[str, Any]:
         """Where the next example comes from, as JSON has it. What filters of duplicates have seen is not in it."""
-        if not self._windows:
-            return self._state()
-        state, rows = self._windows[0]
-        later = sum(count for _, count in list(self._windows)[1:])
-        return {**state, "taken": rows - (len(self._rows) - later)}
+        return self._state() if self._rows is None else {**self._before, "taken": self._taken}
 
     def _state(self) -> dict[str, Any]:
         return {"window": self._window, "taken": 0, "sources": [source.place for source in self._sources]}
 
-    def _add_window(self) -> None:
-        state = self._state()
+    def _next_window(self) -> _Rows:
+        self._before = self._state()
         chance = np.random.default_rng([*self._seeds, len(self._sources), self._window])
         counts = chance.multinomial(_WINDOW, self._weights / self._weights.sum())
-        pairs = [pair for source, count in zip(self._sources, counts, strict=True) for pair in source.take(count)]
-        self._rows += _by_length(_finish(pairs, self._masker, chance), chance)
-        self._windows.append((state, len(pairs)))
+        parts = chain.from_iterable(source.take(count) for source, count in zip(self._sources, counts, strict=True))
         self._window += 1
-
-    def _drop(self, count: int) -> list[_Row]:
-        rows = [self._rows.popleft() for _ in range(count)]
-        while self._windows and len(self._rows) <= sum(rows for _, rows in self._windows) - self._windows[0][1]:
-            self._windows.popleft()
-        return rows
+        return _masked(_by_length(_joined(list(parts)), chance), self._masker, chance)
 
 
 def _read_state(state: object, sources: int) -> tuple[int, int, list[list[int]]]:
@@ -218,19 +240,20 @@ class _SourcePairs:
         self._begin = Place(*begin)
         self._walk = Walk(open_source(source), seeds, spec.data.shuffle_buffer, self._begin)
         self._texts: list[str] | None = None
-        self._pairs: list[_Pair] = []
+        self._pairs: _Rows  # of the page, shuffled; there as soon as the texts are
 
     @property
     def place(self) -> list[int]:
         return [*astuple(self._begin), self._page, self._taken]
 
-    def take(self, count: int) -> list[_Pair]:
-        pairs: list[_Pair] = []
+    def take(self, count: int) -> list[_Rows]:
+        """So many pairs, in parts."""
+        parts: list[_Rows] = []
         if self._texts is None and count:
             self._texts = self._walk.block()
             self._pairs = self._read_page()
         epoch = self._begin.epoch
-        while len(pairs) < count:
+        while count:
             if self._taken == len(self._pairs):
                 self._turn_page()
                 if not self._texts or self._begin.epoch > epoch + 1:
@@ -239,11 +262,12 @@ class _SourcePairs:
                         "or take the source out of the run spec"
                     )
             else:
-                some = self._pairs[self._taken : self._taken + count - len(pairs)]
-                self._taken += len(some)
-                pairs += some
+                part = self._pairs[self._taken : self._taken + count]
+                parts.append(part)
+                self._taken += len(part)
+                count -= len(part)
                 epoch = self._begin.epoch
-        return pairs
+        return parts
 
     def _turn_page(self) -> None:
         assert self._texts is not None
@@ -253,7 +277,7 @@ class _SourcePairs:
             self._texts = self._walk.block()
         self._pairs = self._read_page()
 
-    def _read_page(self) -> list[_Pair]:
+    def _read_page(self) -> _Rows:
         assert self._texts is not None
         chance = np.random.default_rng([*self._seeds, 2, self._begin.block, self._page])
         documents = []
@@ -267,99 +291,114 @@ class _SourcePairs:
                 else:
                     documents.append(document)
         pairs = _pairs(documents, self._spec, self._encoder, chance, self._counts)
-        return [pairs[index] for index in chance.permutation(len(pairs))]
+        return pairs.ordered(chance.permutation(len(pairs)))
 
 
 def _pairs(
     documents: Sequence[str], spec: RunSpec, encoder: SentenceEncoder, chance: np.random.Generator, counts: Counts
-) -> list[_Pair]:
+) -> _Rows:
+    """The documents cut into pairs of segments, in the order of the text, as examples of which nothing is masked yet.
+
+    The border between the segments of a pair is one of its sentence borders by chance, or the middle where there is
+    none.
+    """
     split = [split_sentences(document, spec.language) for document in documents]
     sentences = list(chain.from_iterable(split))
     ids, lengths = encoder.encode(sentences)
-    borders = np.cumsum(lengths).tolist()
-    pairs: list[_Pair] = []
-    begin = sentence = 0
-    for some in split:
-        until = sentence + len(some)
-        end = borders[until - 1] if some else begin
-        pairs += _cut(ids, begin, end, borders[sentence:until], spec, chance, counts)
-        begin, sentence = end, until
+    edges = np.append(0, np.cumsum(lengths))  # where sentences begin and end
+    last = np.cumsum([len(some) for some in split], dtype=np.int64)  # of a document's edges
+    first = np.append(0, last)[:-1]
+    room = spec.data.sequence_length - 3  # [CLS] and twice [SEP]
+    size = edges[last] - edges[first]
+    # where a pair starts and ends; from which edge on, and before which, the border is
+    whole = np.stack([edges[first], edges[last], first + 1, last], 1)[(size >= _FEWEST_TOKENS) & (size <= room)]
+    positions = edges.tolist()
+    long = [cut for i in np.flatnonzero(size > room) for cut in _cut(positions, int(first[i]), int(last[i]), room)]
+    cuts = np.concatenate([whole, np.array(long, np.int64).reshape(-1, 4)])
+    start, end, low, high = cuts[np.argsort(cuts[:, 0])].T
+    where, order = chance.random((2, len(cuts)))
+    any_edge = np.minimum(low + (where * (high - low)).astype(np.int64), len(edges) - 1)
+    border = np.where(low < high, edges[any_edge], (start + end) // 2)
+
     counts.sentences += len(sentences)
-    counts.words += sum(len(document.split()) for document in documents)
+    counts.words += sum(sentence.count(" ") + 1 for sentence in sentences)
     counts.tokens += len(ids)
     counts.unknown += int((ids == UNK_ID).sum())
-    return pairs
+    counts.short += len(ids) - int((end - start).sum())
+    return _with_special_tokens(ids, start, border, end, order < spec.objective.swapped_share)
 
 
-def _cut(
-    ids: np.ndarray,
-    start: int,
-    stop: int,
-    borders: list[int],
-    spec: RunSpec,
-    chance: np.random.Generator,
-    counts: Counts,
-) -> Iterator[_Pair]:
-    """Cut the token ids from `start` to `stop`, a document's, into pairs, one after the other, each as long as the room
-    allows.
+def _cut(edges: list[int], first: int, last: int, room: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut the text between two edges into pairs, one after the other, each as long as the room allows.
 
-    A pair ends with a sentence unless half the room would stay empty; the border between its segments is one of its
-    sentence borders by chance, or the middle where there is none.
+    A pair ends with a sentence unless half the room would stay empty. Yields where it starts and ends, from which edge
+    on, and before which, the border between its segments may be.
     """
-    room = spec.data.sequence_length - 3  # [CLS] and twice [SEP]
+    start, stop = edges[first], edges[last]
     while stop - start >= _FEWEST_TOKENS:
         limit = min(start + room, stop)
-        inside = borders[bisect_right(borders, start) : bisect_right(borders, limit)]
-        end = inside[-1] if len(inside) > 1 and inside[-1] - start > room // 2 else limit
-        candidates = [border for border in inside if border < end]
-        border = candidates[int(chance.random() * len(candidates))] if candidates else (start + end) // 2
-        first, second = ids[start:border], ids[border:end]
-        swapped = chance.random() < spec.objective.swapped_share
-        yield _Pair(second, first, True) if swapped else _Pair(first, second, False)
+        low = bisect_right(edges, start, first, last + 1)
+        high = bisect_right(edges, limit, low, last + 1)
+        end = edges[high - 1] if high - low > 1 and edges[high - 1] - start > room // 2 else limit
+        yield start, end, low, bisect_left(edges, end, low, high)
         start = end
-    counts.short += stop - start
 
 
-_CLS, _SEP = np.array([CLS_ID], np.int32), np.array([SEP_ID], np.int32)
+def _with_special_tokens(
+    ids: np.ndarray, start: np.ndarray, border: np.ndarray, end: np.ndarray, swapped: np.ndarray
+) -> _Rows:
+    """Pairs of segments, from `start` to `border` and from there to `end`, as examples."""
+    begins, sizes = np.stack([start, border], 1), np.stack([border - start, end - border], 1)
+    begins[swapped], sizes[swapped] = begins[swapped, ::-1], sizes[swapped, ::-1]
+    first, second = sizes.T
+    ends = np.cumsum(first + second + 3)
+    labels = np.full(ends[-1] if len(ends) else 0, SEP_ID, np.int32)
+    labels[ends - second - first - 3] = CLS_ID
+    places = np.stack([ends - second - first - 2, ends - second - 1], 1)
+    labels[ranges(places.ravel(), sizes.ravel())] = ids[ranges(begins.ravel(), sizes.ravel())]
+    return _Rows(labels, labels, np.zeros(len(labels), bool), ends, first + 2, swapped)
 
 
-def _finish(pairs: Sequence[_Pair], masker: Masker, chance: np.random.Generator) -> list[_Row]:
-    """Masked and replaced, all at once."""
-    labels = np.concatenate(list(chain.from_iterable((_CLS, pair.first, _SEP, pair.second, _SEP) for pair in pairs)))
-    lengths = [len(pair.first) + len(pair.second) + 3 for pair in pairs]
-    masked = masker.choose(labels, np.repeat(np.arange(len(pairs)), lengths), chance)
-    ids = masker.replace(labels, masked, chance)
-    rows = []
-    for pair, length, end in zip(pairs, lengths, accumulate(lengths), strict=True):
-        here = slice(end - length, end)
-        rows.append(_Row(ids[here], labels[here], masked[here], len(pair.first) + 2, pair.swapped))
-    return rows
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    if len(parts) == 1:
+        return parts[0]
+    before = accumulate((len(part.ids) for part in parts), initial=0)
+    return _Rows(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.masked for part in parts]),
+        np.concatenate([part.ends + tokens for part, tokens in zip(parts, before, strict=False)]),
+        np.concatenate([part.first for part in parts]),
+        np.concatenate([part.swapped for part in parts]),
+    )
 
 
-def _by_length(rows: list[_Row], chance: np.random.Generator) -> Iterator[_Row]:
+def _masked(rows: _Rows, masker: Masker, chance: np.random.Generator) -> _Rows:
+    masked = masker.choose(rows.labels, np.repeat(np.arange(len(rows)), rows.lengths), chance)
+    return replace(rows, ids=masker.replace(rows.labels, masked, chance), masked=masked)
+
+
+def _by_length(rows: _Rows, chance: np.random.Generator) -> _Rows:
     """Buckets of rows of like length, in any order."""
-    rows = sorted(rows, key=lambda row: len(row.ids))
-    for bucket in chance.permutation(-(-len(rows) // _BUCKET)):
-        yield from rows[bucket * _BUCKET : (bucket + 1) * _BUCKET]
+    order = np.argsort(rows.lengths, kind="stable")
+    buckets = chance.permutation(-(-len(rows) // _BUCKET))
+    return rows.ordered(np.concatenate([order[bucket * _BUCKET : (bucket + 1) * _BUCKET] for bucket in buckets]))
 
 
-def _collate(rows: Sequence[_Row], spec: RunSpec) -> Batch:
-    lengths = np.array([len(row.ids) for row in rows])
+def _collate(rows: _Rows, spec: RunSpec) -> Batch:
+    lengths = rows.lengths
     width = min(spec.data.sequence_length, -(-int(lengths.max()) // _LENGTH_STEP) * _LENGTH_STEP)
     column = np.arange(width)
     inside = column < lengths[:, None]
     ids = np.full(inside.shape, PAD_ID, np.int64)
-    ids[inside] = np.concatenate([row.ids for row in rows])
-    masked = np.zeros_like(inside)
-    masked[inside] = np.concatenate([row.masked for row in rows])
-    second = inside & (column >= np.array([row.first for row in rows])[:, None])
+    ids[inside] = rows.ids
     arrays = (
         ids,
         inside.astype(np.int64),
-        second.astype(np.int64),
-        np.flatnonzero(masked),
-        np.concatenate([row.labels[row.masked] for row in rows]).astype(np.int64),
-        np.array([row.swapped for row in rows], np.int64),
+        (inside & (column >= rows.first[:, None])).astype(np.int64),
+        np.flatnonzero(inside)[rows.masked],
+        rows.labels[rows.masked].astype(np.int64),
+        rows.swapped.astype(np.int64),
     )
     return Batch(*map(torch.from_numpy, arrays))
 
@@ -381,15 +420,16 @@ def heldout_batches(
         _heldout_pairs(spec, source, encoder, part)
         for source, part in zip(sources, chance.spawn(len(sources)), strict=True)
     ]
-    pairs = list(islice(mix(parts, [source.weight for source in sources], spec.seed), examples))
-    if not pairs:
+    rows = list(islice(mix(parts, [source.weight for source in sources], spec.seed), examples))
+    if not rows:
         raise CorpusError(
             f"no held-out document gives an example of {_FEWEST_TOKENS} tokens or more; add text to `data.sources` "
             "or raise `data.heldout_share` in the run spec"
         )
     masker = Masker(tokenizer, spec.objective.masked_share, masking or spec.objective.masking)
-    rows = sorted(_finish(pairs, masker, chance), key=lambda row: len(row.ids))
-    return [_collate(rows[i : i + batch_size], spec) for i in range(0, len(rows), batch_size)]
+    pairs = _joined(rows)
+    finished = _masked(pairs.ordered(np.argsort(pairs.lengths, kind="stable")), masker, chance)
+    return [_collate(finished[i : i + batch_size], spec) for i in range(0, len(finished), batch_size)]
 
 
 def heldout_sentences(spec: RunSpec, count: int) -> list[str]:
@@ -422,7 +462,8 @@ def heldout_documents(spec: RunSpec, source: Source) -> Iterator[str]:
 
 def _heldout_pairs(
     spec: RunSpec, source: Source, encoder: SentenceEncoder, chance: np.random.Generator
-) -> Iterator[_Pair]:
+) -> Iterator[_Rows]:
     documents = heldout_documents(spec, source)
     while some := list(islice(documents, _PAGE)):
-        yield from _pairs(some, spec, encoder, chance, Counts())
+        pairs = _pairs(some, spec, encoder, chance, Counts())
+        yield from (pairs[i : i + 1] for i in range(len(pairs)))

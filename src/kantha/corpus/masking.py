@@ -6,6 +6,7 @@ import unicodedata
 import numpy as np
 from tokenizers import Tokenizer
 
+from kantha.corpus.encode import ranges
 from kantha.corpus.tokenizer import MASK_ID, SPECIAL_TOKENS
 from kantha.spec import Masking
 
@@ -46,19 +47,16 @@ class Masker:
         wanted = self._share * np.bincount(row_of, ordinary, rows)
         whole = np.floor(wanted + chance.random(rows)) if self._masking == "token" else wanted
 
-        order = np.lexsort((chance.random(len(first)), row))
-        total = np.cumsum(size[order])
-        rows_here, starts = np.unique(row[order], return_index=True)
-        before_row = np.zeros(rows, np.int64)
-        before_row[rows_here] = total[starts] - size[order][starts]
-        before = total - size[order] - before_row[row[order]]
+        order = np.argsort(row + chance.random(len(row)))  # by chance within each row
+        size_in_order = size[order]
+        before = np.cumsum(size_in_order) - size_in_order
+        begins = np.flatnonzero(np.diff(row, prepend=-1))
+        before -= np.repeat(before[begins], np.diff(np.append(begins, len(row))))  # only of the same row
         # the unit that crosses the budget is in with the probability that makes the mean right
-        room = whole[row[order]] - before
-        taken = chance.random(len(order)) * size[order] < room
-        chosen = np.zeros(len(first), bool)
-        chosen[order] = taken
+        taken = chance.random(len(row)) * size_in_order < whole[row] - before
+        chosen = order[taken]
         masked = np.zeros(len(ids), bool)
-        masked[np.repeat(first[chosen], size[chosen]) + _within(size[chosen])] = True
+        masked[ranges(first[chosen], size[chosen])] = True
         return masked
 
     def _units(self, ids: np.ndarray, row_of: np.ndarray, chance: np.random.Generator) -> np.ndarray:
@@ -98,9 +96,3 @@ class Masker:
 
 def _is_mark(piece: str) -> bool:
     return len(piece) == 1 and (unicodedata.category(piece)[0] in "PN" or piece in string.punctuation)
-
-
-def _within(sizes: np.ndarray) -> np.ndarray:
-    """0, 1, … size-1 for each size, one after the other."""
-    ends = np.cumsum(sizes)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)

@@ -16,6 +16,11 @@ _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\ue000-\uf8ff\U000e0000-\U000e007f\U000f0000-\U0010ffff]"
 )
+# Characters that nothing here changes when they stand alone: ASCII without `:` and `|`, most of Bengali, a few marks.
+_CANONICAL = re.compile(
+    "[\n -9;-{}~\u0980-\u0983\u0985-\u098c\u098f\u0990\u0993-\u09a8\u09aa-\u09b0\u09b2\u09b6-\u09b9\u09bc-\u09c4"
+    "\u09c7\u09c8\u09cb-\u09ce\u09d7\u09e0-\u09e3\u09e6-\u09f1।॥‘’“”–—]*+"
+)
 _JOINER = "[\u200c\u200d]"  # ZERO WIDTH NON-JOINER, ZERO WIDTH JOINER
 _STRAY_JOINER = re.compile(rf"(?<!\S){_JOINER}+|{_JOINER}+(?!\S)|(?<={_JOINER}){_JOINER}")
 
@@ -40,11 +45,17 @@ _SPACE_BEFORE_DANDA = re.compile(" +(?=[।॥])")
 _BEFORE_VISARGA = unicodedata.normalize("NFKC", "দু|নি|অন্ত|আন্ত|পুন|প্রাত|বহি|অধ|স্বত|চতু|মন|শির|বয়")
 _VISARGA_TYPED_AS_COLON = re.compile(f"(?<![\u0980-\u09ff\u200c\u200d])({_BEFORE_VISARGA}):(?={_CONSONANT})")
 
-# Besides the Bengali and Latin ones, the full stops of Chinese and Japanese, and of Arabic and Urdu. The pattern begins
+# Besides the Bengali and Latin ones, the full stops of Chinese and Japanese, and of Arabic and Urdu. The patterns begin
 # with a plain set of characters, which `re` searches for fast.
+_ENDS = "।॥。؟۔?!"
+_AFTER_END = r"""[।॥?!.]*+(?:[)\]}”’»]|["'](?!\w))*+"""
 _TERMINATOR = re.compile(
-    r"""[।॥。؟۔?!.](?:(?<=[।॥。؟۔])|(?<=[?!])(?![A-Za-z0-9])|(?<=\.)(?=[.?!"')\]}”’»]*(?:\s|$)))"""
-    r"""[।॥?!.]*(?:[)\]}”’»]|["'](?!\w))*"""
+    rf"""[{_ENDS}.](?:(?<=[।॥。؟۔])|(?<=[?!])(?![A-Za-z0-9])|(?<=\.)(?=[.?!"')\]}}”’»]*(?:\s|$)))"""
+    f"{_AFTER_END}"
+)
+# The same for text without a full stop, whose rule is no pattern: what is matched is a sentence or the rest of a line.
+_SENTENCE_WITHOUT_STOP = re.compile(
+    rf"(?=[^\n])[^{_ENDS}\n]*+(?:[?!](?=[A-Za-z0-9])[^{_ENDS}\n]*+)*+(?:[{_ENDS}]{_AFTER_END})?+"
 )
 _WORD_BEFORE_STOP = re.compile(r"[^\s.]{2}$")
 _SYLLABLE = (
@@ -65,12 +76,28 @@ def normalize(text: str, language: str) -> str:
 
     `language` is an ISO 639 code, as in the run spec.
     """
+    # NFKC by hand, for the most frequent letters that it takes apart
+    text = text.replace("\u09df", "\u09af\u09bc").replace("\u09dc", "\u09a1\u09bc").replace("\u09dd", "\u09a2\u09bc")
+    if _is_canonical(text):
+        return text
     text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
     if "\u200c" in text or "\u200d" in text:
         joined = _bengali_joiners(text) if language == "bn" else _STRAY_JOINER.sub("", text)
         text = unicodedata.normalize("NFKC", joined)  # marks that a joiner held apart may now compose
     text = "\n".join(folded for line in text.splitlines() if (folded := " ".join(line.split())))
     return _bengali_punctuation(text) if language == "bn" else text
+
+
+def _is_canonical(text: str) -> bool:
+    """Whether it is quickly seen that there is nothing to change; true of nearly all Bengali text without joiners."""
+    return (
+        _CANONICAL.fullmatch(text) is not None
+        and not (text[:1].isspace() or text[-1:].isspace())
+        and not ("  " in text or " \n" in text or "\n " in text or "\n\n" in text)
+        and not (" ।" in text or " ॥" in text or "।।" in text)
+        # what NFKC composes (two vowel signs) and reorders (hasanta, nukta)
+        and not ("\u09c7\u09be" in text or "\u09c7\u09d7" in text or "\u09cd\u09bc" in text)
+    )
 
 
 def _bengali_joiners(text: str) -> str:
@@ -98,19 +125,29 @@ def split_sentences(text: str, language: str) -> list[str]:
     after a word that is no abbreviation: two characters or more, in Bengali, where the danda does its work, three
     syllables or more. When in doubt, two sentences stay together. Pieces without a letter or digit are dropped.
     """
-    word_before_stop = _BENGALI_WORD_BEFORE_STOP if language == "bn" else _WORD_BEFORE_STOP
+    if "." not in text:
+        sentences = _SENTENCE_WITHOUT_STOP.findall(text)
+    else:
+        word_before_stop = _BENGALI_WORD_BEFORE_STOP if language == "bn" else _WORD_BEFORE_STOP
+        sentences = [sentence for line in text.split("\n") for sentence in _split_line(line, word_before_stop)]
+    return [
+        stripped
+        for sentence in sentences
+        if (stripped := sentence.strip()) and (stripped[0].isalnum() or any(map(str.isalnum, stripped)))
+    ]
+
+
+def _split_line(line: str, word_before_stop: re.Pattern[str]) -> list[str]:
+    if "." not in line:
+        return _SENTENCE_WITHOUT_STOP.findall(line)
     sentences = []
-    for line in text.split("\n"):
-        start = 0
-        for match in _TERMINATOR.finditer(line):
-            at, end = match.span()
-            if line[at] == "." and not word_before_stop.search(line[max(start, at - _LONGEST_LOOK_BACK) : at]):
-                continue
-            sentences.append(line[start:end].strip())
+    start = 0
+    for match in _TERMINATOR.finditer(line):
+        at, end = match.span()
+        if line[at] != "." or word_before_stop.search(line[max(start, at - _LONGEST_LOOK_BACK) : at]):
+            sentences.append(line[start:end])
             start = end
-        if start < len(line):
-            sentences.append(line[start:].strip())
-    return [sentence for sentence in sentences if sentence[:1].isalnum() or any(map(str.isalnum, sentence))]
+    return [*sentences, line[start:]]
 
 
 def normalizer_of(language: str) -> normalizers.Normalizer:

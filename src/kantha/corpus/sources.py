@@ -179,8 +179,9 @@ def _shobdo_shards() -> Shards:
             index * _ENTRIES,
             (index + 1) * _ENTRIES,
         )
-        for meanings, examples in rows:
-            yield "\n".join(json.loads(meanings) + json.loads(examples))
+        lists = iter(json.loads(f"[{','.join(chain.from_iterable(rows))}]"))
+        for meanings, examples in zip(lists, lists, strict=True):
+            yield "\n".join(meanings + examples)
 
     [(last,)] = query("SELECT max(id) FROM words")
     return Shards(-(-last // _ENTRIES), read)
