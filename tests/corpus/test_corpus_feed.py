@@ -26,6 +26,21 @@ def test_a_feed_has_the_stream_s_batches_and_knows_the_place_of_the_one_that_was
         assert same(continued.next_batch(8), feed.next_batch())
 
 
+def test_a_source_that_gives_nothing_lets_go_who_waits_for_it(
+    corpus_spec: RunSpec, corpus_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, hangs = ExampleStream(corpus_spec, corpus_tokenizer, 4), threading.Event()
+    plain = ExampleStream(corpus_spec, corpus_tokenizer, 4).next_batch(8)
+    make = stream.next_batch
+    monkeypatch.setattr(stream, "next_batch", lambda size: hangs.wait(60.0) and make(size))
+    with Feed(stream, 8) as feed:
+        assert not feed.wait(0.01)
+        hangs.set()
+        assert feed.wait(60.0)
+        assert feed.wait(0.0), "it is taken by next_batch alone"
+        assert same(feed.next_batch(), plain)
+
+
 def test_batches_that_are_made_later_have_the_size_that_was_set(
     corpus_spec: RunSpec, corpus_tokenizer: Tokenizer
 ) -> None:

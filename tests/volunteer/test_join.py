@@ -137,6 +137,30 @@ class SwarmOfOne:
     def progress(self) -> tuple[float, float]:
         return 0.0, 1.0
 
+    def raise_if_failed(self) -> None:
+        if self.left == 0:
+            self.stop.set()
+        self.left -= 1
+
+
+def test_ctrl_c_ends_a_volunteer_whose_text_does_not_come(
+    tiny_spec: RunSpec, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TEXT_SECONDS", 0.01)
+    engine, said, hangs = SwarmOfOne(gradients=3), io.StringIO(), threading.Event()
+    stream = ExampleStream(tiny_spec, tiny_tokenizer, 3)
+    monkeypatch.setattr(stream, "next_batch", lambda _size: hangs.wait(60.0))
+    session = Session("a device", engine)  # type: ignore[arg-type]
+    monkeypatch.setattr("kantha.volunteer.console._PLAIN_SECONDS", 0.0)
+    screen = VolunteerConsole("tiny", "", "Asha", session, engine, Console(file=said, width=200), engine.stop)  # type: ignore
+    trainer, replica = Trainer(tiny_spec, torch.device("cpu")), Replica(tiny_spec)
+    with Feed(stream, 8) as feed:
+        folder = PeerFolder(tiny_spec.fingerprint, "Asha")
+        train(feed, trainer, engine, replica, session, screen, folder, engine.stop)  # type: ignore[arg-type]
+        hangs.set()
+    assert engine.samples == 0
+    assert "waiting for text" in said.getvalue()
+
 
 def test_a_batch_for_which_memory_does_not_suffice_is_told_once_and_later_ones_are_smaller(
     tiny_spec: RunSpec, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch

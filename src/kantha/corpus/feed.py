@@ -1,5 +1,6 @@
 """Batches made ahead by a thread, so that the device never waits for text."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ class Feed:
         self.size = size
         self._stream = stream
         self._made: queue.Queue[tuple[Batch, Mapping[str, Any]] | Exception] = queue.Queue(ahead)
+        self._next: tuple[Batch, Mapping[str, Any]] | Exception | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._make, name="feed", daemon=True)
 
@@ -34,9 +36,16 @@ class Feed:
         self._stop.set()
         self._thread.join(timeout=10.0)  # a download may take longer; the thread ends with the program then
 
+    def wait(self, seconds: float) -> bool:
+        """Whether there is a batch to take, or an error to raise, at most so many seconds later."""
+        if self._next is None:
+            with contextlib.suppress(queue.Empty):
+                self._next = self._made.get(timeout=seconds)
+        return self._next is not None
+
     def next_batch(self) -> Batch:
-        """Raises what `ExampleStream.next_batch` does; the feed is over then."""
-        made = self._made.get()
+        """Waits as long as the source takes. Raises what `ExampleStream.next_batch` does; the feed is over then."""
+        made, self._next = self._next or self._made.get(), None
         if isinstance(made, Exception):
             raise made
         batch, self.state = made

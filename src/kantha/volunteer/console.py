@@ -40,6 +40,7 @@ class VolunteerConsole:
         self._engine = engine
         self._console = console
         self._stop = stop
+        self._waits_for = ""
         self._said = time.monotonic()
         self._failed: list[FailedRound] = []  # that were told
         self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=2, transient=True)
@@ -55,8 +56,12 @@ class VolunteerConsole:
         if self._console.is_terminal:
             self._live.stop()
 
-    def tick(self, round_ended: bool) -> None:
-        """Called after every batch; prints a line where there is no live panel and there is something to say."""
+    def tick(self, round_ended: bool, waits_for: str = "") -> None:
+        """Called after every batch; prints a line where there is no live panel and there is something to say.
+
+        :param waits_for: what is missing to compute on
+        """
+        self._waits_for = waits_for
         session = self._session
         for failed in [failed for failed in list(self._engine.failures) if failed not in self._failed]:
             self._failed.append(failed)
@@ -70,7 +75,11 @@ class VolunteerConsole:
                 f"({session.counted} samples so far{session.pace}, swarm {self._engine.progress()[1]:.1f} samples/s)"
             )
         elif not self._console.is_terminal and time.monotonic() - self._said > _PLAIN_SECONDS:
-            self.say(f"{session.state}: {session.next_event()}")
+            self.say(f"{session.state}: {self._next_event()}")
+
+    def _next_event(self) -> str:
+        waiting = f"waiting for {self._waits_for}; " if self._waits_for else ""
+        return waiting + self._session.next_event()
 
     def say(self, line: str) -> None:
         """Print a line, above the live panel where there is one."""
@@ -94,7 +103,7 @@ class VolunteerConsole:
         if not session.coordinator_here:
             facts.add_row("", "the coordinator does not answer; training goes on without it")
         leaving = "leaving, once this is done: " if self._stop.is_set() else ""
-        facts.add_row("next", leaving + session.next_event())
+        facts.add_row("next", leaving + self._next_event())
         facts.add_row("this round", ProgressBar(total=target, completed=min(samples, target), width=40))
         facts.add_row("", f"{samples:.0f} of {target} samples")
         facts.add_row("page", escape(self._url))

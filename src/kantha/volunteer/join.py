@@ -35,6 +35,7 @@ from kantha.volunteer.session import Session
 
 _log = logging.getLogger(__name__)
 _HAND_OVER_SECONDS = 1.0
+_TEXT_SECONDS = 0.5  # between two looks, while a source gives no text, at what else there is to do
 _NOTE_SECONDS = 30.0  # between two notes of the place in the data, which a killed program goes on from
 _LARGE = 5_000_000  # bytes from which on a download is worth a line where no bar is drawn
 _NO_PEER_SECONDS = 60.0  # without a piece of the state from any peer, until the checkpoint is downloaded instead
@@ -167,6 +168,10 @@ def train(
             if newest != version:
                 trainer.load(replica.parameters)
                 version = newest
+        if not feed.wait(_TEXT_SECONDS):
+            engine.raise_if_failed()
+            screen.tick(round_ended=False, waits_for="text")
+            continue
         began = time.monotonic()
         gradients = trainer.compute(_batches(feed))
         waited, ended = began - ended, time.monotonic()
@@ -195,10 +200,9 @@ def train(
 def _batches(feed: Feed) -> Iterator[Batch]:
     """Batches for about a second: handing over costs a copy and a word to the swarm, however much is handed over."""
     deadline = time.monotonic() + _HAND_OVER_SECONDS
-    while True:
+    yield feed.next_batch()
+    while (left := deadline - time.monotonic()) > 0 and feed.wait(left):
         yield feed.next_batch()
-        if time.monotonic() > deadline:
-            return
 
 
 def fetch_tokenizer(client: CoordinatorClient, description: RunDescription, folder: PeerFolder) -> Path:
