@@ -275,6 +275,13 @@ class RoundsEngine:
         end = max(history[-1][0], time.monotonic() - _PAUSE)
         return sum(samples for _, samples in history[1:]) / (end - history[0][0])
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether an averager, which stays when trainers leave, has come as far as this peer."""
+        return any(
+            report.ready and report.round >= self.round for report, _ in self.roster.present("averager").values()
+        )
+
     def raise_if_failed(self) -> None:
         if self._error is not None:
             raise self._error

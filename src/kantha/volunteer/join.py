@@ -26,6 +26,7 @@ from kantha.errors import CorpusError, PlatformError, ProcessEndedError, SwarmEr
 from kantha.spec import FileSource, RunSpec
 from kantha.swarm.node import Node, log_to_file
 from kantha.swarm.processes import start_again
+from kantha.swarm.reports import PRESENT
 from kantha.swarm.rounds_engine import RoundsEngine
 from kantha.training import Replica, Trainer, choose_device, describe_device, peak_flops
 from kantha.volunteer.client import CoordinatorClient, request_membership
@@ -35,6 +36,7 @@ from kantha.volunteer.session import Session
 
 _log = logging.getLogger(__name__)
 _HAND_OVER_SECONDS = 1.0
+_KEPT_SECONDS = 600.0  # for a coordinator that is away when the run ends
 _TEXT_SECONDS = 0.5  # between two looks, while a source gives no text, at what else there is to do
 _NOTE_SECONDS = 30.0  # between two notes of the place in the data, which a killed program goes on from
 _LARGE = 5_000_000  # bytes from which on a download is worth a line where no bar is drawn
@@ -122,6 +124,7 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
                 train(feed, trainer, engine, replica, session, screen, folder, signals.stop)
             if engine.schedule_state.is_finished:
                 _say(console, f"the run is finished: its model is annealed, after round {engine.round}")
+                wait_until_kept(engine, signals.stop, console)
             else:
                 _say(console, "leaving: what is computed is handed in …")
             for result in engine.leave():
@@ -195,6 +198,19 @@ def train(
             session.ended(result)
         screen.tick(round_ended=result is not None)
     folder.save_place(feed.state)
+
+
+def wait_until_kept(engine: RoundsEngine, stop: threading.Event, console: Console) -> None:
+    """Until the coordinator has the run's end: if all left while it is away, the end would be lost."""
+    deadline, said = time.monotonic() + _KEPT_SECONDS, False
+    while not (engine.is_kept or stop.wait(_TEXT_SECONDS)):
+        engine.raise_if_failed()
+        if time.monotonic() > deadline:
+            _say(console, f"the coordinator did not fetch the end within {_KEPT_SECONDS / 60:.0f} min")
+            return
+        if not said and time.monotonic() > deadline - _KEPT_SECONDS + PRESENT:
+            said = True
+            _say(console, "the coordinator does not have the last round yet; waiting for it (Ctrl-C leaves) …")
 
 
 def _batches(feed: Feed) -> Iterator[Batch]:
