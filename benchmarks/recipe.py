@@ -45,7 +45,8 @@ class Row:
 
 
 BASE = Row("as it is")
-ADAMW = {"name": "adamw", "learning_rate": 7e-4}
+SLOWER = {"name": "lamb", "learning_rate": 5e-3}
+ADAMW = {"name": "adamw", "learning_rate": 1.5e-3}
 ROWS = (
     BASE,
     Row("single tokens are masked", masking="token"),
@@ -56,6 +57,8 @@ ROWS = (
     Row("the last 10 % are annealed", anneal=0.1),
     Row("the last 20 % are annealed", anneal=0.2),
     Row("the last 40 % are annealed", anneal=0.4),
+    Row("half the learning rate", optimizer=SLOWER),
+    Row("half the learning rate, the last 20 % are annealed", optimizer=SLOWER, anneal=0.2),
     Row("AdamW", optimizer=ADAMW),
     Row("AdamW, the last 20 % are annealed", optimizer=ADAMW, anneal=0.2),
 )
@@ -133,14 +136,15 @@ def table(results: dict[str, Any], options: argparse.Namespace) -> list[dict[str
         differences = [mine[BASE.masking] - other[BASE.masking] for mine, other in zip(losses, base, strict=True)]
         difference, error = statistics.mean(differences), _error(differences)
         cells = " | ".join(f"{means[kind]:.3f}" for kind in KINDS)
-        print(f"| {row.name} | {cells} | {f'{difference:+.3f} ± {error:.3f}' if row is not BASE else ''} |")
+        told = "" if row is BASE else f"{difference:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+        print(f"| {row.name} | {cells} | {told} |")
         rows.append({"recipe": row.name, "heldout": means, "difference": difference, "error": error})
     return rows
 
 
-def _error(values: Sequence[float]) -> float:
-    """Standard error of their mean."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+def _error(values: Sequence[float]) -> float | None:
+    """Standard error of their mean; None for a single one."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def main() -> None:
