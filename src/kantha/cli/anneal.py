@@ -9,7 +9,7 @@ from kantha.spec import Schedule, ScheduleState
 from kantha.swarm.orders import Order
 from kantha.training.checkpoint import list_checkpoints, read_manifest
 
-# A fifth of the whole is where annealing gains as much as it can: Hägele et al. 2024, arXiv 2405.18392, section 4.
+# So that a fifth of the whole is annealed, as in Hägele et al. 2024, arXiv 2405.18392, section 3; see docs/recipe.md.
 _SHARE_OF_WHAT_WAS = 4
 
 

@@ -2,7 +2,7 @@
 
 Nobody knows when a community's time runs out, so no rate is a function of a last step: it is kept at its peak until the
 organizer orders the annealing (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395, section 4), in which it falls
-as 1 − √x (Hägele et al. 2024, arXiv 2405.18392, section 3.2). Every peer follows the same order in the same round.
+as 1 − √x (Hägele et al. 2024, arXiv 2405.18392, section 3). Every peer follows the same order in the same round.
 """
 
 from math import sqrt
