@@ -97,10 +97,10 @@ def run_demo(
             start(name, out, ["join", url, "--name", name, "--threads", str(threads)])
             for name in (_name(i) for i in range(volunteers))
         ]
-        _watch(url, coordinator, people, minutes * 60, run, console)
+        is_finished = _watch(url, coordinator, people, minutes * 60, run, console)
         say("the volunteers leave …")
         for child in people:
-            if child.process.poll() is None:
+            if not is_finished:  # else they do so by themselves
                 child.process.send_signal(signal.SIGTERM)
         failed = [child for child in people if not _ended_well(child, patience)]
         _wait_until_empty(url)
@@ -205,9 +205,11 @@ def _status(url: str) -> RunStatus | None:
 
 def _watch(
     url: str, coordinator: _Child, people: Sequence[_Child], seconds: float, run: RunDirectory, console: Console
-) -> None:
-    """Show the run until the time is up, or the run is finished: it is annealed in its last part. Raises `DemoError`
-    where the coordinator ends, or all volunteers do before that."""
+) -> bool:
+    """Show the run until the time is up, or the run is finished (True): it is annealed in its last part.
+
+    Raises `DemoError` where the coordinator ends, or all volunteers do before that.
+    """
     status: RunStatus | None = None
     shown, ordered = -1, False
     deadline = time.monotonic() + seconds
@@ -219,7 +221,7 @@ def _watch(
             status = _status(url) or status
             if status is not None and status.annealed == 1:
                 console.print("the run is annealed to its end", markup=False)
-                return
+                return True
             if len(ended) == len(people):
                 raise DemoError(f"all volunteers ended; {ended[0].name}: {ended[0].last_words()} ({ended[0].log})")
             if not ordered and left < _ANNEALED_SHARE * seconds and status is not None and status.checkpoint_round:
@@ -239,6 +241,7 @@ def _watch(
                         markup=False,
                     )
             time.sleep(1.0)
+    return False
 
 
 def _picture(status: RunStatus | None, people: Sequence[_Child], url: str, left: float) -> RenderableType:

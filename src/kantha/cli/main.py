@@ -1,6 +1,7 @@
 """The `kantha` command. Every subcommand is thin: it reads options, calls one room, prints, and sets the exit code."""
 
 import getpass
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,6 +138,8 @@ def join(
 
     outbound_only = None if reachable is None else not reachable
     join_run(url, JoinOptions(name or _user_name(), threads, micro_batch, outbound_only), _console)
+    # all is handed in: to be asked to end while Python ends is no failure
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _user_name() -> str:
