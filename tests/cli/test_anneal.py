@@ -68,6 +68,17 @@ def test_a_run_before_its_first_round_or_after_its_end_is_not_annealed(
     assert run.read_order() is None
 
 
+def test_an_order_counts_though_the_clock_went_back(
+    run_path: Path, kantha: Kantha, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = at(run_path, ScheduleState(samples=6_400))
+    assert kantha("anneal", run_path)[0] == 0
+    first = order_of(run)
+    monkeypatch.setattr("time.time_ns", lambda: 10**15)
+    assert kantha("anneal", run_path, "--cancel")[0] == 0
+    assert order_of(run).number > first.number
+
+
 def test_a_damaged_order_is_given_anew(run_path: Path, kantha: Kantha) -> None:
     run = at(run_path, ScheduleState(samples=6_400))
     run.order.write_text("{")

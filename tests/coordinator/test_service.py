@@ -123,6 +123,14 @@ def test_people_are_told_how_the_annealing_goes(coordinator: Any) -> None:
     assert "kantha publish" in finished
 
 
+def test_an_annealing_of_one_round_is_told_to_begin_and_to_end(coordinator: Any) -> None:
+    coordinator._engine.schedule_state = ScheduleState(samples=320).obey(1, 10).advance(64)
+    coordinator._say_how_annealing_goes()
+    began, finished = coordinator.said
+    assert "began" in began
+    assert "finished" in finished
+
+
 # ---- reports
 
 

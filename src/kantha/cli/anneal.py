@@ -23,12 +23,14 @@ def anneal_run(path: Path, samples: int | None, cancel: bool, say: Callable[[str
     state = _newest_state(run)
     if state.is_finished:
         raise OrderError(f"{path}: is annealed to its end; docs/recipe.md tells how to go on from before")
-    given = _ordered(run)
+    last = _last_order(run)
+    given = last.anneal_samples if last is not None else 0
+    after = max(state.order, last.number if last is not None else 0)
     when = f"a coordinator that serves {path} takes it up with the next round, else when it is served again"
     if cancel:
         if not given:
             raise OrderError(f"{path}: no annealing was ordered, there is nothing to cancel")
-        run.give_order(Order.signed(run.key(), run.spec.fingerprint, 0))
+        run.give_order(Order.signed(run.key(), run.spec.fingerprint, 0, after))
         say(f"ordered to go back to the full learning rate; {when}")
         return
     if given:
@@ -36,19 +38,19 @@ def anneal_run(path: Path, samples: int | None, cancel: bool, say: Callable[[str
     if not state.samples:
         raise OrderError(f"{path}: no checkpoint with a finished round yet, there is nothing to anneal")
     samples = samples if samples is not None else max(1, state.samples // _SHARE_OF_WHAT_WAS)
-    run.give_order(Order.signed(run.key(), run.spec.fingerprint, samples))
+    run.give_order(Order.signed(run.key(), run.spec.fingerprint, samples, after))
     rounds = -(-samples // Schedule(run.spec).target(state))
     say(f"ordered to anneal over {samples:,} samples, about {rounds:,} round{'s' * (rounds != 1)}; {when}")
     say("the checkpoint from before is kept. When all is done the volunteers leave: `kantha publish` then")
 
 
-def _ordered(run: RunDirectory) -> int:
-    """Samples to anneal over by the order that was given last; 0: none, or one that is damaged and is given anew."""
+def _last_order(run: RunDirectory) -> Order | None:
+    """The one that was given last; None: none, or one that is damaged and is given anew."""
     try:
         text = run.read_order()
     except OrderError:
-        return 0
-    return Order.model_validate_json(text).anneal_samples if text is not None else 0
+        return None
+    return Order.model_validate_json(text) if text is not None else None
 
 
 def _newest_state(run: RunDirectory) -> ScheduleState:

@@ -187,7 +187,7 @@ class Coordinator:
             self._say("annealing was taken back: the learning rate is at its peak again")
         elif before is None:
             self._say(f"round {self._engine.round}: annealing began, over {state.anneal_samples:,} samples")
-        elif state.is_finished:
+        if state.is_finished:
             self._say(
                 f"round {self._engine.round}: the run is annealed and finished, volunteers are thanked and leave; "
                 f"`kantha publish {self.run.path} OWNER/NAME` puts the model on the hub"

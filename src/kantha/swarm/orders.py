@@ -24,8 +24,10 @@ class Order(BaseModel):
     signature: str = Field("", max_length=128, description="By the run's key over all other fields, in hex.")
 
     @classmethod
-    def signed(cls, key: RunKey, run: str, anneal_samples: int) -> "Order":
-        order = cls(run=run, number=time.time_ns() // 10**6, anneal_samples=anneal_samples)
+    def signed(cls, key: RunKey, run: str, anneal_samples: int, after: int = 0) -> "Order":
+        """:param after: number of the order before, which this one must exceed, whatever the clock says"""
+        number = max(time.time_ns() // 10**6, after + 1)
+        order = cls(run=run, number=number, anneal_samples=anneal_samples)
         return order.model_copy(update={"signature": key.sign(order._canonical()).hex()})
 
     def _canonical(self) -> bytes:
