@@ -24,7 +24,9 @@ keeps the two in step.
     ├── ProcessEndedError       27  a process that this program started ended again and again
     ├── PublishingError         28  the model could not be put on the Hugging Face hub
     ├── OrderError              29  an order of the organizer that cannot be given, or is not genuine
-    └── DemoError               30  the demo ran, but a part of it failed
+    ├── DemoError               30  the demo ran, but a part of it failed
+    ├── LeaseError              31  this member's place on this service is taken by another instance
+    └── SignInError             32  nobody signed in for this machine, or not in a way that can be used
 """
 
 
@@ -124,3 +126,11 @@ class OrderError(KanthaError):
 
 class DemoError(KanthaError):
     exit_code = 30
+
+
+class LeaseError(KanthaError):
+    exit_code = 31
+
+
+class SignInError(KanthaError):
+    exit_code = 32

@@ -177,6 +177,9 @@ class SwarmSpec(_Part):
     checkpoint_rounds: int = Field(20, ge=1, description="The coordinator saves a checkpoint every this many rounds.")
 
 
+Service = Literal["local", "kaggle", "colab", "hosted"]  # hosted: any other notebook that somebody lends
+
+
 class ServiceSpec(_Part):
     """A place where volunteers run."""
 
@@ -199,9 +202,14 @@ class RunSpec(_Part):
     optimizer: OptimizerSpec = Field(OptimizerSpec(), description="How gradients become steps.")
     schedule: ScheduleSpec = Field(ScheduleSpec(), description="Learning rate and batch size by samples seen.")
     swarm: SwarmSpec = Field(SwarmSpec(), description="How the peers work together.")
-    services: dict[Literal["local", "kaggle", "colab"], ServiceSpec] = Field(
-        {"local": ServiceSpec(max_instances=4), "kaggle": ServiceSpec(), "colab": ServiceSpec()},
-        description="Where volunteers may run, and how often at once.",
+    services: dict[Service, ServiceSpec] = Field(
+        {
+            "local": ServiceSpec(max_instances=4),
+            "kaggle": ServiceSpec(),
+            "colab": ServiceSpec(),
+            "hosted": ServiceSpec(),
+        },
+        description="Where volunteers may run, and how often at once; one that is left out is not allowed.",
     )
 
     @model_validator(mode="after")
