@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from kantha.corpus import ExampleStream, heldout_batches, load_tokenizer, save_tokenizer, train_tokenizer
 from kantha.evaluation import heldout_loss
 from kantha.spec import PRESETS, RunSpec, dump_spec, load_spec
+from kantha.swarm.guard import Guard
 from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.membership import RunKey, Trust
 from kantha.swarm.node import Node, log_to_file
 from kantha.swarm.rounds_engine import RoundsEngine
 from kantha.training import Replica, Trainer
@@ -40,6 +42,7 @@ def prepare(folder: Path, seed: int, target: int) -> RunSpec:
     spec = spec.model_copy(update={"seed": seed, "swarm": spec.swarm.model_copy(update={"target_batch_size": target})})
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
+        RunKey.generate(folder / "run.pem")
         save_tokenizer(train_tokenizer(spec), tokenizer)
     (folder / f"run-{seed}.yaml").write_text(dump_spec(spec), encoding="utf-8")
     return spec
@@ -50,7 +53,9 @@ def peer(folder: Path, seed: int, index: int, rounds: int, bootstrap: Sequence[s
     torch.set_num_threads(1)
     spec = load_spec(folder / f"run-{seed}.yaml")
     log_to_file(folder / f"peer-{seed}-{index}.log")
-    node = Node(spec.fingerprint, PeerIdentity(folder / f"key-{seed}-{index}"), bootstrap=bootstrap)
+    identity, key = PeerIdentity(folder / f"key-{seed}-{index}"), RunKey.load(folder / "run.pem")
+    certificate = key.certify(spec.fingerprint, str(index), identity.peer_id)
+    node = Node(identity, Guard(Trust(spec.fingerprint, key.public_key), certificate), bootstrap=bootstrap)
     replica = Replica(spec)
     engine = RoundsEngine(
         node,

@@ -139,6 +139,7 @@ class Settings:
     ideal_seconds: float
     listen: str
     folder: str
+    run_key: str  # file of the key by which Kantha's peers are members
 
 
 class Events:
@@ -210,16 +211,19 @@ def kantha_peer(
     events: Events,
 ) -> None:
     from kantha.spec import PRESETS, Schedule, SwarmSpec
+    from kantha.swarm.guard import Guard
     from kantha.swarm.identity import PeerIdentity
+    from kantha.swarm.membership import RunKey, Trust
     from kantha.swarm.node import Node
     from kantha.swarm.rounds_engine import RoundsEngine
 
     optimizer = lamb(parameters)
     spec = SwarmSpec(target_batch_size=settings.target, matchmaking_seconds=8, averaging_timeout=60, compression="8bit")
     events.write("start")
-    node = Node(
-        "be" * 32, PeerIdentity(Path(settings.folder, "identity")), bootstrap=bootstrap, listen=[settings.listen]
-    )
+    identity, key = PeerIdentity(Path(settings.folder, "identity")), RunKey.load(Path(settings.run_key))
+    certificate = key.certify("be" * 32, "peer", identity.peer_id)
+    guard = Guard(Trust("be" * 32, key.public_key), certificate)
+    node = Node(identity, guard, bootstrap=bootstrap, listen=[settings.listen])
     try:
         events.write("listening", addresses=node.addresses())
         engine = RoundsEngine(
@@ -660,6 +664,10 @@ class Run:
         self._folder = folder
         self._network = Network(scenario.mbit) if shaped else None
         self._peers: list[Peer] = []
+        if engine == "kantha":
+            from kantha.swarm.membership import RunKey
+
+            RunKey.generate(folder / "run.pem")
         self._began = time.monotonic()
 
     def __enter__(self) -> "Run":
@@ -717,6 +725,7 @@ class Run:
             ideal_seconds=self._scenario.ideal_seconds,
             listen=f"/ip4/{address}/tcp/0",
             folder=str(self._folder / f"peer-{index}"),
+            run_key=str(self._folder / "run.pem"),
         )
         self._peers.append(Peer(settings, namespace, late))
 

@@ -1,11 +1,11 @@
 """What coordinator and volunteer say to each other over HTTP; the volunteer's requests are in swarm/membership.py.
 
-    GET  /api/v1/run                   RunDescription
-    POST /api/v1/memberships           MembershipRequest → 201 Admission, 202 Waiting, 403, 409 LeaseTaken, 429
-    POST /api/v1/tokens                TokenSignIn → the same answers
-    POST /api/v1/departures            DepartureRequest → 204
-    GET  /api/v1/tokenizer.json        GET /api/v1/status
-    GET  /api/v1/checkpoints/ROUND/F   with a DownloadRequest in the Authorization header
+GET  /api/v1/run                   RunDescription
+POST /api/v1/memberships           MembershipRequest → 201 Admission, 202 Waiting, 403, 409 LeaseTaken, 429
+POST /api/v1/tokens                TokenSignIn → the same answers
+POST /api/v1/departures            DepartureRequest → 204
+GET  /api/v1/tokenizer.json        GET /api/v1/status
+GET  /api/v1/checkpoints/ROUND/F   with a DownloadRequest in the Authorization header
 """
 
 from typing import Any, Literal

@@ -2,7 +2,8 @@
 
 python peer.py '{"name": …, "folder": …, "role": …, "bootstrap": […], "newcomer": …, "values": …, "target": …}'
 
-With "run_key" it follows orders; one that it finds in the file NAME.order it gives to the swarm.
+The run's key is in the folder's run.pem: here every peer is its own organizer. An order that it finds in the file
+NAME.order it gives to the swarm, and a notice in NAME.notice it takes.
 """
 
 import json
@@ -19,7 +20,9 @@ from hivemind.proto import runtime_pb2
 from kantha.model.optim import build_optimizer
 from kantha.spec import PRESETS, Schedule, ScheduleSpec, SwarmSpec
 from kantha.swarm import allreduce
+from kantha.swarm.guard import Guard
 from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.membership import RunKey, Trust
 from kantha.swarm.node import Node, log_to_file
 from kantha.swarm.rounds_engine import RoundsEngine
 
@@ -33,7 +36,10 @@ def say(**event: Any) -> None:
 
 
 def misbehave(kind: str) -> None:
-    """Make this peer send parts that are not what they should be."""
+    """Make this peer send parts that are not what they should be, or follow everybody's orders."""
+    if kind == "obedient":
+        Trust.is_signed = lambda *_, **__: True  # type: ignore[method-assign]
+        return
     good = allreduce.AllReduce._send
 
     async def bad(self: Any, share: range) -> Any:
@@ -66,9 +72,11 @@ def main(options: dict[str, Any]) -> None:
     log_to_file(folder / f"{name}.log")
     if options.get("misbehave"):
         misbehave(options["misbehave"])
+    identity, key = PeerIdentity(folder / f"{name}.key"), RunKey.load(folder / "run.pem")
+    role = options["role"]
     node = Node(
-        RUN,
-        PeerIdentity(folder / f"{name}.key"),
+        identity,
+        Guard(Trust(RUN, key.public_key), key.certify(RUN, name, identity.peer_id, roles=(role,))),
         bootstrap=options["bootstrap"],
         listen=[f"/ip4/{options.get('host', '127.0.0.1')}/tcp/{options.get('port', 0)}"],
     )
@@ -85,7 +93,7 @@ def main(options: dict[str, Any]) -> None:
     spec = PRESETS["demo"].model_copy(update={"swarm": settings, "schedule": schedule})
     groups = [{"params": parameters[:2], "weight_decay": 0.01}, {"params": parameters[2:], "weight_decay": 0.0}]
     optimizer = build_optimizer(groups, spec)
-    order = folder / f"{name}.order"
+    order, notice = folder / f"{name}.order", folder / f"{name}.notice"
     engine = RoundsEngine(
         node,
         settings,
@@ -93,17 +101,16 @@ def main(options: dict[str, Any]) -> None:
         optimizer,
         Schedule(spec),
         None if options["newcomer"] else 0,
-        run_key=options.get("run_key"),
-        role=options["role"],
+        role=role,
         folder=folder / f"{name}-state",
     )
     stop = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: stop.set())
-    say(addresses=node.addresses())
+    say(addresses=node.addresses(), schema=engine._averager.layout.digest.hex())
     threading.Thread(target=watch, args=(engine,), daemon=True).start()
     chance = torch.Generator().manual_seed(sum(name.encode()))
-    told = -1
+    told, noticed = -1, 0
     failed: set[int] = set()
     try:
         engine.wait_ready(60.0)
@@ -113,7 +120,13 @@ def main(options: dict[str, Any]) -> None:
             if order.exists():
                 engine.give_order(order.read_text())
                 order.unlink()
-            if options["role"] == "trainer":
+            if notice.exists():
+                node.take_notice(notice.read_text())
+                notice.unlink()
+            if node.guard.trust.number != noticed:
+                noticed = node.guard.trust.number
+                say(notice=noticed)
+            if role == "trainer":
                 with engine.hold():
                     pass
                 engine.contribute([torch.randn(p.shape, generator=chance) for p in parameters], SAMPLES)

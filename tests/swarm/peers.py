@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 from commands import wait_for
 
+from kantha.swarm.membership import RunKey
 from kantha.swarm.processes import signal_when_parent_dies
 
 PROGRAM = Path(__file__).with_name("peer.py")
@@ -86,6 +87,7 @@ Start = Callable[..., Peer]
 def starting(tmp_path: Path) -> Iterator[Start]:
     """Gives a function that starts peers, the first of which bootstraps the others; ends them all."""
     peers: list[Peer] = []
+    RunKey.generate(tmp_path / "run.pem")
 
     def begin(name: str, **options: Any) -> Peer:
         options.setdefault("newcomer", bool(peers))

@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 
 
 @pytest.fixture
-def key(tmp_path: Path) -> RunKey:
-    return RunKey.generate(tmp_path / "run.pem")
+def key(start: Start, tmp_path: Path) -> RunKey:
+    return RunKey.load(tmp_path / "run.pem")
 
 
 def give(folder: Path, peer: Peer, order: Order) -> None:
@@ -32,7 +32,7 @@ def schedules(peer: Peer) -> dict[int, dict[str, Any]]:
 
 def test_all_follow_an_order_in_the_same_round_whoever_heard_it(start: Start, key: RunKey, tmp_path: Path) -> None:
     growing = {"ramp_samples": 300, "first_batch_size": 16}
-    options = {"run_key": key.public_key, "values": 200_000, "schedule": growing}
+    options = {"values": 200_000, "schedule": growing}
     averager = start("averager", role="averager", **options)
     asha, rafiq = start("asha", **options), start("rafiq", **options)
     reach([averager, asha, rafiq], 2)
@@ -59,10 +59,10 @@ def test_all_follow_an_order_in_the_same_round_whoever_heard_it(start: Start, ke
 
 def test_an_order_that_is_not_the_organizer_s_is_refused(start: Start, key: RunKey, tmp_path: Path) -> None:
     """A peer that leads a group with an order of its own making leads nobody; the others go on without it."""
-    options = {"run_key": key.public_key, "values": 200_000}
+    options = {"values": 200_000}
     averager, asha = start("averager", role="averager", **options), start("asha", **options)
     stranger_key = RunKey.generate(tmp_path / "stranger.pem")
-    stranger = start("stranger", **{**options, "run_key": stranger_key.public_key})
+    stranger = start("stranger", misbehave="obedient", **options)
     reach([averager, asha, stranger], 2)
     give(tmp_path, stranger, Order.signed(stranger_key, RUN, 100))
     wait_for(lambda: not (tmp_path / "stranger.order").exists(), 30, "it has its order")

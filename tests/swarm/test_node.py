@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from kantha.swarm.guard import Guard
 from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.membership import RunKey, Trust
 from kantha.swarm.node import Node
 
 pytestmark = pytest.mark.swarm
@@ -16,7 +18,8 @@ pytestmark = pytest.mark.swarm
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
-    node = Node("0f" * 32, PeerIdentity(tmp_path / "peer.key"))
+    identity, key, run = PeerIdentity(tmp_path / "peer.key"), RunKey.generate(tmp_path / "run.pem"), "0f" * 32
+    node = Node(identity, Guard(Trust(run, key.public_key), key.certify(run, "Asha", identity.peer_id)))
     yield node
     node.close()
 

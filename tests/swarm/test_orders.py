@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from kantha.errors import OrderError
-from kantha.swarm.membership import RunKey
+from kantha.swarm.membership import RunKey, Trust
 from kantha.swarm.orders import MOST_BYTES, Order, read_order
 
 RUN, OTHER = "ab" * 32, "cd" * 32
@@ -18,7 +18,7 @@ def test_an_order_of_the_run_s_key_is_genuine(key: RunKey) -> None:
     order = Order.signed(key, RUN, 1_000)
     text = order.model_dump_json()
     assert len(text) <= MOST_BYTES
-    assert read_order(text, key.public_key, RUN) == order
+    assert read_order(text, Trust(RUN, key.public_key)) == order
 
 
 def test_a_later_order_has_a_larger_number(key: RunKey) -> None:
@@ -47,4 +47,4 @@ def test_an_order_that_was_changed_made_up_or_meant_for_another_run_is_refused(k
     ]
     for text in bad:
         with pytest.raises(OrderError):
-            read_order(text, key.public_key, RUN)
+            read_order(text, Trust(RUN, key.public_key))

@@ -37,6 +37,7 @@ REPORT: dict[str, Any] = {
     "samples_per_second": 5.5,
     "device": "CPU",
     "version": "0.1.0",
+    "certificate": "{}",
     "rounds": [ROUND],
     "failed": [FAILED],
 }
@@ -73,6 +74,8 @@ BAD_REPORTS: list[dict[str, Any]] = [
     {"device": "x" * 61},
     {"device": None},
     {"version": "x" * 21},
+    {"certificate": "x" * 2_001},
+    {"certificate": None},
     {"rounds": None},
     {"rounds": [ROUND] * (ROUNDS_KEPT + 1)},
     {"rounds": [3]},

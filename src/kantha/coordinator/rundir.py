@@ -26,7 +26,7 @@ from kantha.digests import FileDigest, check_file, digest_of
 from kantha.errors import NewerRunError, OrderError, RunDirectoryError, SpecError, StorageError
 from kantha.spec import RunSpec, ScheduleState, dump_spec, load_spec
 from kantha.swarm.identity import PeerIdentity
-from kantha.swarm.membership import RunKey
+from kantha.swarm.membership import RunKey, Trust
 from kantha.swarm.orders import Order, read_order
 from kantha.training import Replica
 from kantha.training.checkpoint import SPEC_FILE, TOKENIZER_FILE, checkpoint_folder
@@ -193,7 +193,7 @@ class RunDirectory:
             return None
         except (OSError, UnicodeDecodeError) as error:
             raise OrderError(f"{self.order}: cannot be read ({error}); give it again with `kantha anneal`") from None
-        read_order(text, self.key().public_key, self.spec.fingerprint)
+        read_order(text, Trust(self.spec.fingerprint, self.key().public_key))
         return text
 
     def save_checkpoint(

@@ -36,8 +36,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from kantha.errors import DigestError, OrderError, ProcessEndedError, SwarmError
 from kantha.swarm.allreduce import LINGER, MAX_WEIGHT, AllReduce, AllReduceError
 from kantha.swarm.groups import Agreement, Dissolved, Group, Member, Refusal, RollCall, Status
+from kantha.swarm.membership import Certificate
 from kantha.swarm.node import Node
-from kantha.swarm.orders import MOST_BYTES, read_order
+from kantha.swarm.orders import MOST_BYTES, parse_order, read_order
 from kantha.swarm.parts import Layout, decode, digest_of, encode
 from kantha.swarm.rounds import UPDATES_KEPT, Attempt, End
 from kantha.swarm.snapshots import FILES, PIECE, SnapshotManifest, read_manifest, read_piece
@@ -168,12 +169,10 @@ class Averager(DecentralizedAverager):
         averaging_timeout: float,
         patience: float,
         folder: Path,
-        run_key: str | None,
     ) -> None:
         """
         :param patience: seconds that a group waits for a peer that does not come
         :param folder: for snapshots
-        :param run_key: public key whose orders are followed, in hex
         """
         self.layout = layout
         self.waiting = torch.zeros(layout.values)  # sums over samples that wait for a group
@@ -186,7 +185,7 @@ class Averager(DecentralizedAverager):
         self._folder = folder
         self._timeout, self._patience = averaging_timeout, patience
         self._me = Member(node.peer_id, not node.outbound_only)
-        self._run, self._run_key = node.run, run_key
+        self._guard = node.guard
         self._order = ""  # the organizer's newest that is known here
         self._replica: tuple[int, str, bool] = (0, "", False)  # round, lineage, whether whole
         self._roll: RollCall | None = None
@@ -275,6 +274,12 @@ class Averager(DecentralizedAverager):
         self._replica = (round_number, lineage, ready)
         if self._roll is not None and self._roll.round <= round_number:
             self._end_roll(Dissolved("the round is over"))
+
+    async def do_set_membership(self, certificate: Certificate, notice: str) -> None:
+        """Bring the guard of this process to what the program knows."""
+        self._guard.certificate = certificate
+        if notice:
+            self._guard.trust.take(notice)
 
     async def do_give_order(self, order: str) -> None:
         self._hear_order(order)
@@ -498,10 +503,13 @@ class Averager(DecentralizedAverager):
         """Keep the newest. Raises `OrderError` where it is not the organizer's."""
         if order in ("", self._order):
             return
-        if self._run_key is None:
-            raise OrderError("an order, where nobody's is followed")
-        heard = read_order(order, self._run_key, self._run)
-        if not self._order or heard.number > read_order(self._order, self._run_key, self._run).number:
+        known, heard = parse_order(self._order) if self._order else None, parse_order(order)
+        if known is not None and heard.content == known.content:  # the run's key was changed, and it signed once more
+            if self._guard.trust.is_signed(heard.content, heard.signature, newest=True):
+                self._order = order
+            return
+        read_order(order, self._guard.trust)
+        if known is None or heard.number > known.number:
             self._order = order
 
     async def rpc_join_group(

@@ -1,8 +1,8 @@
 """Membership: who may take part, said by the run's key, checkable by everyone without asking anyone.
 
 A volunteer proves that it holds a peer's key (`PeerRequest`) and gets a certificate bound to that peer id. Peers verify
-certificates with the run's public key alone (`Trust`), so the coordinator may be away. What the organizer takes back, and
-a new run key, is told by a `Notice`, which every peer hands on.
+certificates with the run's public key alone (`Trust`), so the coordinator may be away. What the organizer takes back,
+and a new run key, is told by a `Notice`, which every peer hands on.
 """
 
 import json
@@ -95,9 +95,7 @@ class MembershipRequest(PeerRequest):
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             name = printable(fields.get("username", ""), 40)
-            raise MembershipError(
-                f"{name!r} cannot be your name here ({reason}); give another with --name"
-            ) from None
+            raise MembershipError(f"{name!r} cannot be your name here ({reason}); give another with --name") from None
 
 
 class DepartureRequest(PeerRequest):
@@ -140,13 +138,14 @@ class Certificate(_Message):
         now = time.time()
         if now < self.membership.issued - CLOCK_SKEW:
             raise MembershipError(
-                f"the membership certificate begins {self.membership.issued - now:.0f} s from now: this machine's clock "
-                f"is slow by that, or the coordinator's is fast; set it right (at most {CLOCK_SKEW} s are allowed)"
+                f"the membership certificate begins {self.membership.issued - now:.0f} s from now: this machine's "
+                f"clock is slow by that, or the coordinator's is fast; set it right (at most {CLOCK_SKEW} s are "
+                "allowed)"
             )
         if now > self.membership.expires + CLOCK_SKEW:
             raise MembershipError(
-                f"the membership certificate ended {now - self.membership.expires:.0f} s ago, or this machine's clock is "
-                "wrong; join again"
+                f"the membership certificate ended {now - self.membership.expires:.0f} s ago, or this machine's clock "
+                "is wrong; join again"
             )
         return self.membership
 
@@ -250,6 +249,14 @@ class Trust:
             return membership
         raise reason or MembershipError("the membership certificate is not signed by the run's key")
 
+    def is_signed(self, content: bytes, signature: str, *, newest: bool = False) -> bool:
+        """Whether the run's key signed this; where it was changed, the old one counts for a while, too.
+
+        :param newest: only the newest counts
+        """
+        keys = [key for key, until in self._chain if time.time() <= until + CLOCK_SKEW]
+        return any(_is_signed(key, content, signature) for key in (keys[-1:] if newest else keys))
+
     def is_revoked(self, serial: str) -> bool:
         return self._notice is not None and serial in self._notice.revoked
 
@@ -318,9 +325,7 @@ class RunKey:
         )
         return Certificate(membership=membership, signature=self.sign(membership.canonical()).hex())
 
-    def notify(
-        self, run: str, revoked: Mapping[str, int], changes: Sequence[KeyChange] = (), after: int = 0
-    ) -> Notice:
+    def notify(self, run: str, revoked: Mapping[str, int], changes: Sequence[KeyChange] = (), after: int = 0) -> Notice:
         """:param after: number of the notice before, which this one must exceed, whatever the clock says"""
         number = max(time.time_ns() // 10**6, after + 1)
         notice = Notice(run=run, number=number, revoked=dict(revoked), changes=tuple(changes))

@@ -4,12 +4,10 @@ follow it in the same round, and no peer can make one up."""
 import json
 import time
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kantha.errors import OrderError
-from kantha.swarm.membership import RunKey
+from kantha.swarm.membership import RunKey, Trust
 
 MOST_BYTES = 500  # of an order as JSON
 
@@ -28,26 +26,33 @@ class Order(BaseModel):
         """:param after: number of the order before, which this one must exceed, whatever the clock says"""
         number = max(time.time_ns() // 10**6, after + 1)
         order = cls(run=run, number=number, anneal_samples=anneal_samples)
-        return order.model_copy(update={"signature": key.sign(order._canonical()).hex()})
+        return order.model_copy(update={"signature": key.sign(order.content).hex()})
 
-    def _canonical(self) -> bytes:
+    def signed_again(self, key: RunKey) -> "Order":
+        """The same order, for peers that know a new key of the run."""
+        return self.model_copy(update={"signature": key.sign(self.content).hex()})
+
+    @property
+    def content(self) -> bytes:
+        """What is signed."""
         fields = self.model_dump(exclude={"signature"})
         return b"order:" + json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
-def read_order(text: str | bytes, run_key: str, run: str) -> Order:
-    """An order that is genuine and for this run. Raises `OrderError`.
-
-    :param run_key: the run's public key, in hex
-    """
+def parse_order(text: str | bytes) -> Order:
+    """An order, whoever made it. Raises `OrderError`."""
     try:
         order = Order.model_validate_json(text) if len(text) <= MOST_BYTES else None
-        if order is None or order.run != run:
-            raise OrderError("this order is damaged, or another run's; give it again with `kantha anneal`")
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(run_key))
-        key.verify(bytes.fromhex(order.signature), order._canonical())
-    except (ValidationError, ValueError, InvalidSignature) as error:
-        raise OrderError(
-            f"this order is not signed by the run's key ({type(error).__name__}); give it again with `kantha anneal`"
-        ) from None
+    except ValidationError:
+        order = None
+    if order is None:
+        raise OrderError("this order is damaged; give it again with `kantha anneal`")
+    return order
+
+
+def read_order(text: str | bytes, trust: Trust) -> Order:
+    """An order that is genuine and for this run. Raises `OrderError`."""
+    order = parse_order(text)
+    if order.run != trust.run or not trust.is_signed(order.content, order.signature):
+        raise OrderError("this order is another run's, or not signed by this run's key; give it with `kantha anneal`")
     return order

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Dict, List, Optional  # noqa: UP035  pydantic 
 from hivemind.dht.schema import BytesWithPublicKey
 from pydantic.v1 import BaseModel, Field, StrictBool, confloat, conint, constr
 
+from kantha.swarm.membership import MOST_CERTIFICATE
+
 LIFETIME = 300.0  # seconds a report stays in the DHT after its peer fell silent, for the coordinator to collect
 PRESENT = 20.0  # seconds after which a peer that fell silent is no longer counted as here
 RENEWAL = 3.0  # seconds between two reports of a peer
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # pydantic 1 makes its constrained types at run time, where n
     from builtins import float as _Weight
     from builtins import int as _Count
     from builtins import int as _Peers
+    from builtins import str as _Certificate
     from builtins import str as _Device
     from builtins import str as _Lineage
     from builtins import str as _Reason
@@ -39,6 +42,7 @@ else:
     _Lineage = constr(strict=True, max_length=64)
     _Reason = constr(strict=True, max_length=100)
     _Device = constr(strict=True, max_length=60)
+    _Certificate = constr(strict=True, max_length=MOST_CERTIFICATE)
     _Version = constr(strict=True, max_length=20)
 
 
@@ -77,6 +81,7 @@ class Report(BaseModel):
     samples_per_second: _Amount
     device: _Device
     version: _Version
+    certificate: _Certificate  # the peer's membership, without which nobody stores or believes this
     rounds: List[RoundReport] = Field(max_items=ROUNDS_KEPT)  # noqa: UP006
     failed: List[FailedRound] = Field(max_items=8)  # noqa: UP006
 

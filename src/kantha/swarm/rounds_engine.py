@@ -89,7 +89,6 @@ class RoundsEngine:
         *,
         lineage: str = "",
         schedule_state: ScheduleState = _BEGINNING,
-        run_key: str | None = None,
         role: str = "trainer",
         folder: Path | None = None,
     ) -> None:
@@ -98,7 +97,6 @@ class RoundsEngine:
         :param optimizer: over the same parameters, its state allocated
         :param schedule: learning rate and batch size
         :param round_number: of the state that the tensors hold; None: it is loaded from the swarm
-        :param run_key: public key of the run, in hex, whose orders are followed; None: nobody's
         :param role: trainer, or averager: takes part without gradients of its own
         :param folder: for snapshots; None: a temporary one
         """
@@ -114,9 +112,7 @@ class RoundsEngine:
         self.schedule_state = schedule_state
         layout = Layout([parameter.shape for parameter in parameters], settings.compression)
         rules = RoundSettings(settings.target_batch_size, settings.matchmaking_seconds, settings.averaging_timeout)
-        self._averager = Averager(
-            node, layout, settings.averaging_timeout, settings.matchmaking_seconds, self._folder, run_key
-        )
+        self._averager = Averager(node, layout, settings.averaging_timeout, settings.matchmaking_seconds, self._folder)
         self._averaging_timeout = settings.averaging_timeout
         self._rounds = Rounds(
             Member(node.peer_id, not node.outbound_only),
@@ -147,6 +143,7 @@ class RoundsEngine:
         self._left = threading.Event()
         self._stop = threading.Event()
         self._kick = threading.Event()  # publish now
+        self._membership = node.guard.certificate, node.guard.trust.number  # what the averager process knows
         self._publishing = threading.Lock()
         self._said_goodbye = False
         self._seen: Mapping[str, PeerView] | None = None
@@ -370,6 +367,7 @@ class RoundsEngine:
         while not self._stop.is_set():
             began = time.monotonic()
             try:
+                self._tell_membership()
                 self.roster.update(self._node.reports())
                 if not self.roster.present("averager"):
                     self._node.rejoin()
@@ -379,6 +377,15 @@ class RoundsEngine:
                 _log.warning("%s", error)
             self._say_if_slow("reading the others' reports", began)
             self._stop.wait(RENEWAL)
+
+    def _tell_membership(self) -> None:
+        """Bring the guards of this peer's processes to what one of them heard. Raises `SwarmError`."""
+        self._node.tell_membership()
+        guard = self._node.guard
+        newest = guard.certificate, guard.trust.number
+        if newest != self._membership:
+            self._membership = newest
+            self._averager.tell("set_membership", guard.certificate, guard.trust.notice)
 
     def _say_if_slow(self, what: str, began: float) -> None:
         seconds = time.monotonic() - began
@@ -419,6 +426,7 @@ class RoundsEngine:
                 samples_per_second=self.samples_per_second,
                 device="",
                 version=__version__,
+                certificate=self._node.guard.certificate.model_dump_json(),
                 rounds=[],
                 failed=list(self.failures),
             )
