@@ -184,13 +184,13 @@ def test_ctrl_c(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failure", [OSError, KeyError, ImportError])
 def test_joining_as_a_user_without_a_name(
-    kantha: Kantha, monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
+    kantha: Kantha, coordinator_url: str, monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
 ) -> None:
     def nobody() -> str:
         raise failure("no such user")
 
     monkeypatch.setattr(getpass, "getuser", nobody)
-    code, _, error = kantha("join", "http://127.0.0.1:1")
+    code, _, error = kantha("join", coordinator_url)
     assert code == 24
     assert_one_line(error, "--name")
 

@@ -1,7 +1,7 @@
 """The volunteer's client against a real coordinator's web service, and against everything else that may answer."""
 
+import base64
 import hashlib
-import http.server
 import io
 import json
 import re
@@ -9,7 +9,6 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from rich.console import Console
+from web_server import DEADLINE, Request, Server
 
 from kantha.api import RemoteFile, RunDescription
 from kantha.coordinator.service import Coordinator
@@ -31,54 +31,15 @@ from kantha.errors import (
     UnreachableError,
 )
 from kantha.swarm.identity import PeerIdentity
-from kantha.swarm.membership import MembershipRequest, RunKey
+from kantha.swarm.membership import DepartureRequest, DownloadRequest, MembershipRequest, Trust
 from kantha.training import Replica
-from kantha.volunteer.client import CoordinatorClient, request_membership
+from kantha.volunteer.client import CoordinatorClient
 from kantha.volunteer.folders import PeerFolder
 from kantha.volunteer.join import fetch_replica
+from kantha.volunteer.membership import Applicant, enter
 
 CONTENT = bytes(range(256)) * 400
-DEADLINE = 30.0
-
-
-class Request(http.server.BaseHTTPRequestHandler):
-    server: "Server"
-
-    def do_GET(self) -> None:
-        self.server.ranges.append(self.headers.get("Range"))
-        self.server.answer(self)
-
-    do_POST = do_GET
-
-    def say(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Any web server; `answer` decides what it says."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Request)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.ranges: list[str | None] = []
-        self.answer: Callable[[Request], None] = lambda request: request.say(b"not found", 404)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+QUIET = Console(quiet=True)
 
 
 class ShakyFile:
@@ -112,6 +73,14 @@ def describe(url: str) -> None:
 # ---- a coordinator
 
 
+def come_in(client: CoordinatorClient, identity: PeerIdentity, username: str = "Asha") -> tuple[RunDescription, Any]:
+    """The description of a run, and the certificate of one who is a member now."""
+    description, _ = client.describe()
+    trust = Trust(description.fingerprint, description.public_key)
+    applicant = Applicant(identity, description.fingerprint, "local", "own machine", username)
+    return description, enter(client, trust, applicant, QUIET, threading.Event()).certificate
+
+
 def test_a_run_is_described_joined_and_fetched(
     coordinator_url: str, web_coordinator: Coordinator, identity: PeerIdentity
 ) -> None:
@@ -125,23 +94,26 @@ def test_a_run_is_described_joined_and_fetched(
     with CoordinatorClient(coordinator_url + "/") as client:
         description, spec = client.describe()
         assert spec == run.spec
-        certificate = request_membership(client, description, identity, "আশা", "local")
+        _, certificate = come_in(client, identity, "আশা")
         assert certificate.membership.peer_id == identity.peer_id
-        replica = fetch_replica(client, description, spec, folder, Console(quiet=True))
+        replica = fetch_replica(client, description, spec, folder, QUIET, identity)
     assert replica.round == 4
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(replica.parameters, newer.parameters, strict=True))
     assert (folder.path / "snapshot" / "tokenizer.json").read_bytes() == run.tokenizer.read_bytes()
     assert web_coordinator._ledger.members() == {identity.peer_id: "আশা"}
 
 
-def test_what_is_here_already_is_not_downloaded_again(coordinator_url: str, web_coordinator: Coordinator) -> None:
-    folder = PeerFolder(web_coordinator.run.spec.fingerprint, "Asha")
+def test_what_is_here_already_is_not_downloaded_again(
+    coordinator_url: str, web_coordinator: Coordinator, identity: PeerIdentity
+) -> None:
+    spec = web_coordinator.run.spec
+    folder = PeerFolder(spec.fingerprint, "Asha")
     with CoordinatorClient(coordinator_url) as client:
-        description, spec = client.describe()
-        fetch_replica(client, description, spec, folder, Console(quiet=True))
+        description, _ = come_in(client, identity)
+        fetch_replica(client, description, spec, folder, QUIET, identity)
         before = {path: path.stat().st_ino for path in folder.run_folder.rglob("*.*") if path.is_file()}
         (folder.path / "snapshot" / "model.safetensors").write_bytes(b"damaged")
-        replica = fetch_replica(client, description, spec, folder, Console(quiet=True))
+        replica = fetch_replica(client, description, spec, folder, QUIET, identity)
     changed = {path.name for path, inode in before.items() if path.stat().st_ino != inode}
     assert changed == {"model.safetensors"}
     assert replica.round == 0
@@ -173,81 +145,86 @@ def test_a_file_comes_from_the_coordinator_or_not_at_all(path: str) -> None:
         RemoteFile(path=path, sha256="0f" * 32, size=1)
 
 
-def test_volunteers_on_one_machine_have_files_of_their_own(coordinator_url: str, web_coordinator: Coordinator) -> None:
+def test_volunteers_on_one_machine_have_files_of_their_own(
+    coordinator_url: str, web_coordinator: Coordinator, identity: PeerIdentity
+) -> None:
     """Or one would write what the other just checked."""
-    folders = [PeerFolder(web_coordinator.run.spec.fingerprint, "Asha") for _ in range(2)]
+    spec = web_coordinator.run.spec
+    folders = [PeerFolder(spec.fingerprint, "Asha") for _ in range(2)]
     with CoordinatorClient(coordinator_url) as client:
-        description, spec = client.describe()
+        description, _ = come_in(client, identity)
         for folder in folders:
-            fetch_replica(client, description, spec, folder, Console(quiet=True))
+            fetch_replica(client, description, spec, folder, QUIET, identity)
     assert set(folders[0].run_folder.iterdir()) == {folder.path for folder in folders}
 
 
 def test_a_long_download_is_told_where_there_is_no_bar(
-    coordinator_url: str, web_coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+    coordinator_url: str, web_coordinator: Coordinator, identity: PeerIdentity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kantha.volunteer.join._LARGE", 20_000)
-    folder, said = PeerFolder(web_coordinator.run.spec.fingerprint, "Asha"), io.StringIO()
+    spec, said = web_coordinator.run.spec, io.StringIO()
     with CoordinatorClient(coordinator_url) as client:
-        description, spec = client.describe()
-        fetch_replica(client, description, spec, folder, Console(file=said))
+        description, _ = come_in(client, identity)
+        fetch_replica(client, description, spec, PeerFolder(spec.fingerprint, "Asha"), Console(file=said), identity)
     large = [name for name, file in description.snapshot.files.items() if file.size > 20_000]
     assert large
     assert [line.split(",")[0] for line in said.getvalue().splitlines()] == [f"downloading {name}" for name in large]
 
 
-def test_the_coordinators_reason_for_a_refusal_is_told(
-    coordinator_url: str, web_coordinator: Coordinator, identity: PeerIdentity
-) -> None:
-    request = MembershipRequest.signed(identity, "0f" * 32, "Asha", "local")
+def test_the_coordinators_reason_for_a_refusal_is_told(coordinator_url: str, identity: PeerIdentity) -> None:
+    request = MembershipRequest.signed(identity, "0f" * 32, username="Asha")
     with CoordinatorClient(coordinator_url) as client, pytest.raises(MembershipError, match="another run") as caught:
-        client.request_membership(request)
+        client.ask(request)
     assert str(caught.value).startswith(coordinator_url)
     assert caught.value.exit_code == 24
 
 
 @pytest.mark.parametrize("username", ["x" * 41, "two\nlines", "next\x85line", "\u202eahsA", "\u2066Asha"])
-def test_a_name_that_cannot_be_used_is_told(coordinator_url: str, identity: PeerIdentity, username: str) -> None:
-    with CoordinatorClient(coordinator_url) as client:
-        description, _ = client.describe()
-        with pytest.raises(KanthaError) as caught:
-            request_membership(client, description, identity, username, "local")
+def test_a_name_that_cannot_be_used_is_told(identity: PeerIdentity, username: str) -> None:
+    with pytest.raises(MembershipError) as caught:
+        Applicant(identity, "0f" * 32, "local", "", username).request()
     assert caught.value.exit_code == 24
     assert "--name" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_certificate_that_other_peers_would_refuse_is_refused(
-    server: Server, web_coordinator: Coordinator, identity: PeerIdentity, other_identity: PeerIdentity, tmp_path: Path
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (201, b"{}", NotACoordinatorError),
+        (202, b'{"state": "asked"}', NotACoordinatorError),
+        (200, b'{"detail": "fine"}', NotACoordinatorError),
+        (302, b'{"detail": "/login"}', NotACoordinatorError),
+        (403, b"<h1>Forbidden by a proxy</h1>", NotACoordinatorError),
+        (403, b'{"detail": ["a list"]}', NotACoordinatorError),
+        (404, b'{"detail": "Not Found"}', NotACoordinatorError),
+        (422, b'{"detail": [{"msg": "field required"}]}', NotACoordinatorError),
+        (413, b'{"detail": "too large"}', MembershipError),
+        (403, b'{"detail": "no"}', MembershipError),
+        (500, b"Internal Server Error", UnreachableError),
+        (503, b'{"detail": "the disk is full"}', UnreachableError),
+        (503, b"[]", UnreachableError),
+    ],
+)
+def test_only_a_coordinators_own_word_is_taken_for_a_refusal(
+    server: Server, identity: PeerIdentity, status: int, body: bytes, error: type[KanthaError]
 ) -> None:
-    description = web_coordinator.describe()
-    stranger = RunKey.generate(tmp_path / "stranger.pem")
-    request = MembershipRequest.signed(identity, description.fingerprint, "Asha", "local")
-    wrong = [
-        stranger.certify(request, identity.peer_id),
-        web_coordinator.run.key().certify(request, other_identity.peer_id),
-        web_coordinator.run.key().certify(request.model_copy(update={"run": "0f" * 32}), identity.peer_id),
-    ]
+    """Members stop at a refusal; at what a proxy says while the coordinator starts again they go on."""
+    server.answer = lambda request: request.say(body, status)
     with CoordinatorClient(server.url) as client:
-        for certificate in wrong:
-            body = certificate.model_dump_json().encode()
-            server.answer = lambda request, body=body: request.say(body, 201)  # type: ignore[misc]
-            with pytest.raises(MembershipError):
-                request_membership(client, description, identity, "Asha", "local")
-        server.answer = lambda request: request.say(b"{}", 201)
-        with pytest.raises(NotACoordinatorError):
-            request_membership(client, description, identity, "Asha", "local")
-        for detail in (b"no", b"{}", b"[]"):
-            server.answer = lambda request, detail=detail: request.say(detail, 503)  # type: ignore[misc]
-            with pytest.raises(MembershipError, match="503"):
-                request_membership(client, description, identity, "Asha", "local")
+        with pytest.raises(error) as caught:
+            client.ask(MembershipRequest.signed(identity, "0f" * 32))
+        assert type(caught.value) is error
+        assert str(caught.value).startswith(server.url)
+        with pytest.raises(error):
+            client.depart(DepartureRequest.signed(identity, "0f" * 32))
 
 
 def test_a_reason_cannot_play_with_the_terminal(server: Server, identity: PeerIdentity) -> None:
     detail = json.dumps({"detail": "\x1b[2Jনা\u200c\n\u202egnp"}).encode()
     server.answer = lambda request: request.say(detail, 403)
     with CoordinatorClient(server.url) as client, pytest.raises(MembershipError) as caught:
-        client.request_membership(MembershipRequest.signed(identity, "0f" * 32, "Asha", "local"))
+        client.ask(MembershipRequest.signed(identity, "0f" * 32))
     assert str(caught.value).endswith("not let in: ?[2Jনা\u200c??gnp")
 
 
@@ -437,6 +414,33 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(server: Server, tar
     download(server, target)
     assert target.read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=40000-", "bytes=70000-"]
+
+
+def test_a_member_shows_itself_anew_each_time(server: Server, target: Path, identity: PeerIdentity) -> None:
+    """A request is good once, also where a download goes on."""
+    file, shown = ShakyFile(CONTENT, 40_000, 30_000), []
+
+    def answer(request: Request) -> None:
+        shown.append(request.headers["Authorization"])
+        if len(shown) == 2:
+            return request.say(b"", 429, {"Retry-After": "0"})
+        return file(request)
+
+    server.answer = answer
+    with CoordinatorClient(server.url) as client:
+        client.download(announced(), target, sign=lambda: DownloadRequest.signed(identity, "0f" * 32))
+    assert target.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=40000-", "bytes=40000-", "bytes=70000-"]
+    assert [header.split()[0] for header in shown] == ["Kantha"] * 4
+    requests = [DownloadRequest.model_validate_json(base64.urlsafe_b64decode(each.split()[1])) for each in shown]
+    assert {request.verified_peer_id() for request in requests} == {identity.peer_id}
+    assert len({request.nonce for request in requests}) == 4
+
+
+def test_a_file_for_members_only_is_told(server: Server, target: Path) -> None:
+    server.answer = lambda request: request.say(b'{"detail": "checkpoints are for members"}', 403)
+    with pytest.raises(MembershipError, match="checkpoints are for members"):
+        download(server, target)
 
 
 def test_progress_counts_every_byte_once(server: Server, target: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from kantha.api import RunDescription
 from kantha.coordinator.service import Coordinator
 from kantha.corpus import Batch, ExampleStream, Feed
 from kantha.errors import DigestError, ProcessEndedError
 from kantha.spec import RunSpec, ScheduleState
+from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.membership import Trust
 from kantha.swarm.reports import FailedRound, Roster
 from kantha.swarm.rounds import Phase
 from kantha.training import Replica, Trainer
@@ -26,6 +30,7 @@ from kantha.volunteer.client import CoordinatorClient
 from kantha.volunteer.console import VolunteerConsole
 from kantha.volunteer.folders import PeerFolder
 from kantha.volunteer.join import JoinOptions, fetch_tokenizer, join, load_state, open_stream, train
+from kantha.volunteer.membership import Applicant, enter
 from kantha.volunteer.session import Session
 
 
@@ -50,23 +55,28 @@ class FakeEngine:
         self.taken_over = parameters, round_number, lineage
 
 
-def load(url: str, coordinator: Coordinator, engine: FakeEngine) -> str:
+def load(url: str, coordinator: Coordinator, engine: FakeEngine, identity: PeerIdentity) -> str:
     folder, said = PeerFolder(coordinator.run.spec.fingerprint, "Asha"), io.StringIO()
     with CoordinatorClient(url) as client:
         _, spec = client.describe()
-        load_state(client, spec, folder, engine, Console(file=said))  # type: ignore[arg-type]
+        applicant = Applicant(identity, spec.fingerprint, "local", "own machine", "Asha")
+        trust = Trust(spec.fingerprint, coordinator.run.key().public_key)
+        enter(client, trust, applicant, Console(quiet=True), threading.Event())
+        load_state(client, spec, folder, engine, Console(file=said), identity)  # type: ignore[arg-type]
     return said.getvalue()
 
 
-def test_the_state_that_peers_give_is_not_downloaded(coordinator_url: str, web_coordinator: Coordinator) -> None:
+def test_the_state_that_peers_give_is_not_downloaded(
+    coordinator_url: str, web_coordinator: Coordinator, identity: PeerIdentity
+) -> None:
     engine = FakeEngine(looks=3)
-    assert load(coordinator_url, web_coordinator, engine) == ""
+    assert load(coordinator_url, web_coordinator, engine, identity) == ""
     assert engine.taken_over is None
     assert not list(PeerFolder(web_coordinator.run.spec.fingerprint, "Asha").run_folder.rglob("*.safetensors"))
 
 
 def test_where_no_peer_gives_the_state_the_checkpoint_is_downloaded(
-    coordinator_url: str, web_coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+    coordinator_url: str, web_coordinator: Coordinator, identity: PeerIdentity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_NO_PEER_SECONDS", 0.0)
     run, engine = web_coordinator.run, FakeEngine(looks=None)
@@ -75,7 +85,7 @@ def test_where_no_peer_gives_the_state_the_checkpoint_is_downloaded(
         for parameter in newer.parameters:
             parameter.add_(0.25)
     run.save_checkpoint(newer, 4, "after 4")
-    assert "no peer gives the swarm's state" in load(coordinator_url, web_coordinator, engine)
+    assert "no peer gives the swarm's state" in load(coordinator_url, web_coordinator, engine, identity)
     assert engine.taken_over is not None
     parameters, number, lineage = engine.taken_over
     assert (number, lineage) == (4, "after 4")
@@ -196,6 +206,36 @@ def test_a_batch_for_which_memory_does_not_suffice_is_told_once_and_later_ones_a
     assert set(tried[2:]) == {2}
     assert engine.samples == sum(tried[2:])  # every sample was computed, and only once
     assert engine.samples < 40 * 8  # the feed makes smaller ones by now
+
+
+# ---- who joins
+
+
+def test_where_people_sign_in_no_name_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    console = Console(file=said, width=200)
+    monkeypatch.setattr("getpass.getuser", lambda: "user-of-this-machine")
+    local, remote = (RunDescription.model_construct(sign_in=how) for how in ("local", "huggingface"))
+    assert module._name(local, JoinOptions("Asha"), console) == "Asha"
+    assert module._name(local, JoinOptions(), console) == "user-of-this-machine"
+    assert module._name(remote, JoinOptions(), console) == ""
+    assert said.getvalue() == ""
+    assert module._name(remote, JoinOptions("Asha"), console) == ""
+    assert "--name is not used" in said.getvalue()
+
+
+def test_the_command_line_hands_on_what_was_said(
+    kantha: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = []
+    monkeypatch.setattr(module, "join", lambda url, options, console: joined.append((url, options)))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert kantha("join", "https://run.example.org", "--token", "--take-over")[0] == 0
+    assert kantha("join", "127.0.0.1:1", "--name", "আশা", "--threads", 2)[0] == 0
+    assert joined == [
+        ("https://run.example.org", JoinOptions(token=True, take_over=True)),
+        ("127.0.0.1:1", JoinOptions("আশা", threads=2)),
+    ]
 
 
 # ---- a process that is gone

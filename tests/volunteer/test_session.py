@@ -33,6 +33,7 @@ def report(**changes: Any) -> Report:
         "samples_per_second": 1.0,
         "device": "",
         "version": "1",
+        "certificate": "{}",
         "rounds": [],
         "failed": [],
     }

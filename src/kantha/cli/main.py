@@ -1,6 +1,5 @@
 """The `kantha` command. Every subcommand is thin: it reads options, calls one room, prints, and sets the exit code."""
 
-import getpass
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer.core
 from rich.console import Console
 
 from kantha import __version__
-from kantha.errors import KanthaError, MembershipError, SpecError
+from kantha.errors import KanthaError, SpecError
 from kantha.spec import PRESETS, dump_spec, load_spec
 
 
@@ -118,8 +117,27 @@ def serve(
 
 @app.command()
 def join(
-    url: Annotated[str, typer.Argument(help="The run's link, as its page shows it.")],
-    name: Annotated[str | None, typer.Option(help="Your name, as others will see it. Default: your user name.")] = None,
+    url: Annotated[
+        str, typer.Argument(help="The run's link, as its page shows it. With #KEY, only the run of that key is joined.")
+    ],
+    name: Annotated[
+        str,
+        typer.Option(
+            help="Your name, as others will see it, in a run without sign-in. Default: your user name.",
+            show_default=False,
+        ),
+    ] = "",
+    token: Annotated[
+        bool,
+        typer.Option(
+            "--token",
+            help="Sign in without a browser: by a Hugging Face token of the type Read, from `hf auth login`, from "
+            "HF_TOKEN, or asked for. It is sent once, over https, and not kept.",
+        ),
+    ] = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="End your other instances on this service (Kaggle, Colab, …) at once.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to use. Default: all cores.")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Examples computed at once. Default: by the device.")
@@ -132,21 +150,17 @@ def join(
         ),
     ] = None,
 ) -> None:
-    """Help a run with this machine, until Ctrl-C."""
+    """Help a run with this machine, until Ctrl-C.
+
+    Where people sign in, a link and a code are shown first; open the link on any device, and it goes on by itself.
+    """
     from kantha.volunteer.join import JoinOptions
     from kantha.volunteer.join import join as join_run
 
     outbound_only = None if reachable is None else not reachable
-    join_run(url, JoinOptions(name or _user_name(), threads, micro_batch, outbound_only), _console)
+    join_run(url, JoinOptions(name, threads, micro_batch, outbound_only, token, take_over), _console)
     # all is handed in: to be asked to end while Python ends is no failure
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _user_name() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # in a container, a user may have no name
-        raise MembershipError("this machine does not know your user name; give a name with --name") from None
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Where a volunteer's files are: one folder a run, below the user's data folder (`KANTHA_HOME` overrides it).
 
+<run>/run-key                 the run's newest public key, as it was seen
 <run>/<name>-<slot>/          one peer of this machine: peer.key (its libp2p identity), volunteer.log,
-                              data.json (where it is in the run's text)
+                              data.json (where it is in the run's text), notice.json (the organizer's newest)
 <run>/<name>-<slot>/snapshot/ the run's tokenizer, and the coordinator's checkpoint where no peer gave the state
 <run>/<name>-<slot>/swarm/    snapshots that this peer loads, and makes for others
 """
@@ -19,6 +20,7 @@ from platformdirs import user_data_path
 
 from kantha.errors import StorageError, SwarmError
 from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.membership import MOST_NOTICE
 
 _log = logging.getLogger(__name__)
 _SLOTS = 64  # peers of one name on one machine
@@ -35,6 +37,7 @@ class PeerFolder:
     """The first peer folder of this name that no running program uses; held until the program ends."""
 
     def __init__(self, run: str, username: str) -> None:
+        """:param username: empty where people sign in: whose peer it is, the coordinator knows"""
         self.run_folder = home() / run[:16]
         safe = re.sub(r"[^\w.-]+", "_", username).strip("._")[:_NAME_LENGTH] or "volunteer"
         try:
@@ -52,7 +55,7 @@ class PeerFolder:
                 f"{error.filename or self.run_folder}: cannot be written ({error.strerror}); "
                 "make room, or set KANTHA_HOME to another folder"
             ) from None
-        raise SwarmError(f"{_SLOTS} volunteers named {username} run on this machine already; end one of them")
+        raise SwarmError(f"{_SLOTS} volunteers named {safe} run on this machine already; end one of them")
 
     @property
     def identity(self) -> PeerIdentity:
@@ -67,13 +70,48 @@ class PeerFolder:
 
     def save_place(self, place: Mapping[str, Any]) -> None:
         """Note where this peer is. Without a note some examples are seen twice, so a failure is only logged."""
-        new = self.path / ".data.json"
+        _note(self.path / "data.json", json.dumps(place))
+
+    def load_run_key(self) -> str | None:
+        """The run's public key, in hex, that was seen last; None: this is the first time. Raises `StorageError`."""
+        path = self.run_folder / "run-key"
         try:
-            new.write_text(json.dumps(place), encoding="utf-8")
-            new.replace(self.path / "data.json")
-        except OSError as error:
-            _log.warning("%s: cannot be written (%s)", new, error.strerror)
+            key = path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError):
+            key = ""
+        if not re.fullmatch("[0-9a-f]{64}", key):
+            raise StorageError(f"{path}: damaged; delete it, and join with the run's key in the link: URL#KEY")
+        return key
+
+    def save_run_key(self, key: str) -> None:
+        """Without it the coordinator is believed the next time, as at the first, so a failure is only logged."""
+        _note(self.run_folder / "run-key", key)
+
+    def load_notice(self) -> str:
+        """The organizer's newest notice, as JSON; empty where there is none that can be read."""
+        try:
+            with (self.path / "notice.json").open(encoding="utf-8") as file:
+                return file.read(MOST_NOTICE)
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def save_notice(self, notice: str) -> None:
+        """The coordinator and the peers tell it again, so a failure is only logged."""
+        if notice:
+            _note(self.path / "notice.json", notice)
 
     @property
     def log(self) -> Path:
         return self.path / "volunteer.log"
+
+
+def _note(path: Path, text: str) -> None:
+    """Write a file that can be done without: whole, or not at all."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError as error:
+        _log.warning("%s: cannot be written (%s)", new, error.strerror)

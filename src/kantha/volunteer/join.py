@@ -3,36 +3,44 @@
 describe → membership → swarm → snapshot → ( batch → gradients → hand over )* → hand in, goodbye
 """
 
+import getpass
 import logging
 import os
 import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from pydantic import SecretStr
 from rich.console import Console
 from tokenizers import Tokenizer
 
 from kantha.api import RunDescription
 from kantha.corpus import Batch, ExampleStream, Feed, load_tokenizer
-from kantha.errors import CorpusError, PlatformError, ProcessEndedError, SwarmError
+from kantha.errors import CorpusError, MembershipError, PlatformError, ProcessEndedError, SwarmError
 from kantha.spec import FileSource, RunSpec
+from kantha.swarm.guard import Guard
+from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.membership import DownloadRequest
 from kantha.swarm.node import Node, log_to_file
 from kantha.swarm.processes import start_again
 from kantha.swarm.reports import PRESENT
 from kantha.swarm.rounds_engine import RoundsEngine
 from kantha.training import Replica, Trainer, choose_device, describe_device, peak_flops
-from kantha.volunteer.client import CoordinatorClient, request_membership
+from kantha.volunteer.client import CoordinatorClient
 from kantha.volunteer.console import VolunteerConsole, download_progress, state_progress
 from kantha.volunteer.folders import PeerFolder
+from kantha.volunteer.membership import Applicant, Renewal, enter, trust_run
+from kantha.volunteer.service import find_service
 from kantha.volunteer.session import Session
+from kantha.volunteer.tokens import read_only_token
 
 _log = logging.getLogger(__name__)
 _HAND_OVER_SECONDS = 1.0
@@ -48,10 +56,12 @@ _DROPPED_IN_A_ROW = 50  # gradients that are not finite before a volunteer gives
 class JoinOptions:
     """What the volunteer decides."""
 
-    username: str
+    username: str = ""  # in a run without sign-in; empty: that of the user of this machine
     threads: int | None = None  # CPU threads; None: as many as PyTorch likes
     micro_batch: int | None = None  # examples computed at once; None: by device
     outbound_only: bool | None = None  # accept no connections; None: only on the coordinator's own machine
+    token: bool = False  # sign in by a Hugging Face token, where there is no browser
+    take_over: bool = False  # end this volunteer's other instances on this service
 
 
 def join(url: str, options: JoinOptions, console: Console) -> None:
@@ -72,26 +82,40 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
     with _StopSignals(console) as signals, CoordinatorClient(url) as client:
         description, spec = client.describe()
         _say(console, f"{spec.name}: {spec.goal}")
-        folder = PeerFolder(description.fingerprint, options.username)
+        username = _name(description, options, console)
+        folder = PeerFolder(description.fingerprint, username)
         log_to_file(folder.log)
+        trust = trust_run(client, description, folder)
         identity = folder.identity
-        request_membership(client, description, identity, options.username, "local")
+        applicant = Applicant(identity, spec.fingerprint, *find_service(), username)
+        admission = enter(
+            client,
+            trust,
+            applicant,
+            console,
+            signals.stop,
+            take_over=options.take_over,
+            token=_token(client, description, options, console),
+        )
+        username = admission.certificate.membership.username
         tokenizer = load_tokenizer(fetch_tokenizer(client, description, folder), spec.tokenizer.sha256)
         is_here = urlsplit(client.url).hostname in ("127.0.0.1", "localhost", "::1")
         if not is_here and any(isinstance(source, FileSource) for source in spec.data.sources):
             raise CorpusError(f"{url}: the run's text is in files of the coordinator's machine; only that one can join")
-        _say(console, f"let in as {options.username}; looking for the others …")
+        _say(console, f"let in as {username}; looking for the others …")
         replica = Replica(spec)
         with (
+            Renewal(client, applicant, admission, lambda line: _say(console, line), signals.stop) as renewal,
             closing(
                 Node(
-                    spec.fingerprint,
                     identity,
+                    Guard(trust, admission.certificate),
                     bootstrap=description.bootstrap,
                     listen=["/ip4/127.0.0.1/tcp/0" if is_here else "/ip4/0.0.0.0/tcp/0"],
                     outbound_only=not is_here if options.outbound_only is None else options.outbound_only,
                 )
             ) as node,
+            _kept_notice(node, folder),
             closing(
                 RoundsEngine(
                     node,
@@ -100,28 +124,27 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
                     replica.optimizer,
                     replica.schedule,
                     round_number=None,
-                    run_key=description.public_key,
                     folder=folder.path / "swarm",
                 )
             ) as engine,
         ):
+            renewal.start(node.set_certificate, node.take_notice)
             signals.install()
             device = choose_device()
             session = Session(describe_device(device), engine, peak_flops(device))
             engine.complete = session.complete
             trainer = Trainer(spec, device)
             trainer.prepare(options.micro_batch, lambda line: _say(console, line))  # the state is on its way meanwhile
-            load_state(client, spec, folder, engine, console)
+            load_state(client, spec, folder, engine, console, identity)
             # peers of one run differ in their keys, so the key seeds a walk through the data that is this peer's own
             stream = open_stream(spec, tokenizer, identity.peer_id, folder)
             with (
                 Feed(stream, trainer.micro_batch) as feed,
-                VolunteerConsole(
-                    spec.name, client.url, options.username, session, engine, console, signals.stop
-                ) as screen,
+                VolunteerConsole(spec.name, client.url, username, session, engine, console, signals.stop) as screen,
             ):
                 signals.stop_ends_loop = True
                 train(feed, trainer, engine, replica, session, screen, folder, signals.stop)
+            renewal.raise_if_ended()  # who may not stay cannot hand anything in either
             if engine.schedule_state.is_finished:
                 _say(console, f"the run is finished: its model is annealed, after round {engine.round}")
                 wait_until_kept(engine, signals.stop, console)
@@ -200,6 +223,40 @@ def train(
     folder.save_place(feed.state)
 
 
+def _name(description: RunDescription, options: JoinOptions, console: Console) -> str:
+    """The name to ask for: empty where people sign in. Raises `MembershipError` where there is none."""
+    if description.sign_in != "local":
+        if options.username:
+            _say(console, "people sign in to this run, so --name is not used: your name is the one you sign in with")
+        return ""
+    try:
+        return options.username or getpass.getuser()
+    except (OSError, KeyError, ImportError):  # in a container, a user may have no name
+        raise MembershipError("this machine does not know your user name; give a name with --name") from None
+
+
+def _token(
+    client: CoordinatorClient, description: RunDescription, options: JoinOptions, console: Console
+) -> Callable[[], SecretStr] | None:
+    """What gives a token to sign in with, if one is wanted. Raises `SignInError` where it must not be sent."""
+    if not options.token:
+        return None
+    if description.sign_in == "local":
+        _say(console, "nobody signs in to this run, so --token is not used: no token was read or sent")
+        return None
+    client.check_token_may_travel()
+    return read_only_token
+
+
+@contextmanager
+def _kept_notice(node: Node, folder: PeerFolder) -> Iterator[None]:
+    """What the organizer took back stays taken back when this program starts again, whoever it was heard from."""
+    try:
+        yield
+    finally:
+        folder.save_notice(node.notice())
+
+
 def wait_until_kept(engine: RoundsEngine, stop: threading.Event, console: Console) -> None:
     """Until the coordinator has the run's end: if all left while it is away, the end would be lost."""
     deadline, said = time.monotonic() + _KEPT_SECONDS, False
@@ -235,6 +292,7 @@ def load_state(
     folder: PeerFolder,
     engine: RoundsEngine,
     console: Console,
+    identity: PeerIdentity,
 ) -> None:
     """Until there are weights to compute with: from the swarm's peers, or, where they give none, over HTTP."""
     known, since = None, time.monotonic()
@@ -250,15 +308,27 @@ def load_state(
     if not engine.wait_weights(0.0):
         _say(console, "no peer gives the swarm's state; downloading the coordinator's last checkpoint")
         description, _ = client.describe()  # the checkpoint of the beginning may be gone by now
-        loaded = fetch_replica(client, description, spec, folder, console)
+        loaded = fetch_replica(client, description, spec, folder, console, identity)
         engine.take_over(loaded.parameters, loaded.optimizer, loaded.round, loaded.lineage, loaded.schedule_state)
 
 
 def fetch_replica(
-    client: CoordinatorClient, description: RunDescription, spec: RunSpec, folder: PeerFolder, console: Console
+    client: CoordinatorClient,
+    description: RunDescription,
+    spec: RunSpec,
+    folder: PeerFolder,
+    console: Console,
+    identity: PeerIdentity,
 ) -> Replica:
-    """The run's newest checkpoint, its tokenizer included, downloaded unless it is here, checked and loaded."""
+    """The run's newest checkpoint, its tokenizer included, downloaded unless it is here, checked and loaded.
+
+    :param identity: a member's; others are refused
+    """
     snapshot = folder.path / "snapshot"
+
+    def sign() -> DownloadRequest:
+        return DownloadRequest.signed(identity, description.fingerprint)
+
     with download_progress(console) as progress:
         for name, file in description.snapshot.files.items():  # the names are known ones, see `Snapshot`
             target = snapshot / name
@@ -267,7 +337,7 @@ def fetch_replica(
             if not console.is_terminal and file.size > _LARGE:
                 _say(console, f"downloading {name}, {file.size / 1e6:.0f} MB")
             task = progress.add_task(target.name, total=file.size)
-            client.download(file, target, lambda done, task=task: progress.advance(task, done))  # type: ignore[misc]
+            client.download(file, target, lambda done, task=task: progress.advance(task, done), sign)  # type: ignore[misc]
     replica = Replica(spec)
     replica.load(snapshot)
     return replica
