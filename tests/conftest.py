@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from kantha.cli import main as command_line
 from kantha.coordinator.app import build_app
-from kantha.coordinator.ledger import Ledger
+from kantha.coordinator.notifier import Notifier
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.service import Coordinator
 from kantha.corpus import Batch, ExampleStream, load_tokenizer
@@ -57,6 +57,7 @@ def _only_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("KANTHA_NOTIFY", raising=False)
     monkeypatch.setenv("KANTHA_HOME", str(tmp_path / "kantha-home"))
 
 
@@ -168,12 +169,13 @@ class _WebCoordinator(Coordinator):
     def __init__(self) -> None:
         self.address = "http://127.0.0.1:8600"
         self._addresses = [BOOTSTRAP]
+        self.sign_in = "local"
         self._lock = threading.Lock()
 
     def take(self, run: RunDirectory) -> None:
         self.run = run
-        self._key = run.key()
-        self._ledger = Ledger(run.ledger)
+        self._notifier = Notifier(run.keys, f"{self.address}/desk", run.spec.name, print)
+        self._open_books()
         self._status = None
         self._checkpoint_round = 0
         self._here = {}
@@ -192,6 +194,7 @@ def _web_coordinator() -> _WebCoordinator:
 def web_coordinator(_web_coordinator: _WebCoordinator, run_path: Path) -> Iterator[Coordinator]:
     _web_coordinator.take(RunDirectory.open(run_path))
     yield _web_coordinator
+    _web_coordinator._notifier.close()
     _web_coordinator._ledger.close()
 
 

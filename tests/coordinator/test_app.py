@@ -1,4 +1,10 @@
+import base64
+import json
+import logging
 import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -6,16 +12,18 @@ from urllib.parse import urlsplit
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from huggingface_hub import constants
 
-from kantha.api import RunDescription
+from kantha.api import Admission, LeaseTaken, RunDescription, Waiting
+from kantha.coordinator.allowlist import Person
 from kantha.coordinator.app import build_app
 from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
 from kantha.digests import FileDigest
-from kantha.errors import StorageError
+from kantha.errors import LeaseError, StorageError
 from kantha.spec import RunSpec
 from kantha.swarm.identity import PeerIdentity
-from kantha.swarm.membership import Certificate, MembershipRequest
+from kantha.swarm.membership import DepartureRequest, DownloadRequest, MembershipRequest, Trust
 
 HERE, ELSEWHERE = ("127.0.0.1", 1234), ("203.0.113.5", 1234)
 
@@ -40,14 +48,28 @@ def ask(client: TestClient, request: MembershipRequest, headers: dict[str, str] 
 
 @pytest.fixture
 def wish(web_coordinator: Coordinator, identity: PeerIdentity) -> MembershipRequest:
-    return MembershipRequest.signed(identity, web_coordinator.run.spec.fingerprint, "আশা", "local")
+    return MembershipRequest.signed(identity, web_coordinator.run.spec.fingerprint, username="আশা", service="local")
+
+
+@pytest.fixture
+def member(
+    web_coordinator: Coordinator, identity: PeerIdentity, wish: MembershipRequest
+) -> Callable[[], dict[str, str]]:
+    """Makes the headers of a member's download."""
+    web_coordinator.admission.admit(wish)
+
+    def headers() -> dict[str, str]:
+        request = DownloadRequest.signed(identity, web_coordinator.run.spec.fingerprint)
+        return {"Authorization": f"Kantha {base64.b64encode(request.model_dump_json().encode()).decode()}"}
+
+    return headers
 
 
 # ---- what everybody may see
 
 
 def test_the_run_is_described_with_digests_that_hold(
-    local: TestClient, web_coordinator: Coordinator, tmp_path: Path
+    local: TestClient, web_coordinator: Coordinator, member: Callable[[], dict[str, str]], tmp_path: Path
 ) -> None:
     description = RunDescription.model_validate_json(local.get("/api/v1/run").content)
     spec = RunSpec.model_validate(description.spec)
@@ -58,7 +80,7 @@ def test_the_run_is_described_with_digests_that_hold(
     assert {"checkpoint.json", "model.safetensors", "optimizer.safetensors"} <= description.snapshot.files.keys()
     for file in (description.tokenizer, *description.snapshot.files.values()):
         target = tmp_path / "downloaded"
-        target.write_bytes(local.get(f"/{file.path}").content)
+        target.write_bytes(local.get(f"/{file.path}", headers=member()).content)
         assert FileDigest(sha256=file.sha256, size=file.size).matches(target)
     assert description.tokenizer.sha256 == spec.tokenizer.sha256
 
@@ -78,9 +100,9 @@ def test_the_status_and_the_page_are_those_of_this_run(local: TestClient, web_co
     assert "A model for tests." in local.get("/").text
 
 
-def test_a_download_can_go_on_where_it_broke_off(local: TestClient) -> None:
-    whole = local.get("/api/v1/checkpoints/0/model.safetensors").content
-    rest = local.get("/api/v1/checkpoints/0/model.safetensors", headers={"Range": "bytes=1000-"})
+def test_a_download_can_go_on_where_it_broke_off(local: TestClient, member: Callable[[], dict[str, str]]) -> None:
+    whole = local.get("/api/v1/checkpoints/0/model.safetensors", headers=member()).content
+    rest = local.get("/api/v1/checkpoints/0/model.safetensors", headers={"Range": "bytes=1000-", **member()})
     assert rest.status_code == 206
     assert rest.content == whole[1000:]
 
@@ -98,10 +120,10 @@ def test_a_download_can_go_on_where_it_broke_off(local: TestClient) -> None:
     ids=lambda path: path[:12],
 )
 def test_what_is_no_file_of_a_checkpoint_is_not_served(
-    local: TestClient, web_coordinator: Coordinator, path: str
+    local: TestClient, web_coordinator: Coordinator, member: Callable[[], dict[str, str]], path: str
 ) -> None:
     (web_coordinator.run.checkpoints / "round-000000000" / "notes.txt").write_text("not for everybody")
-    assert local.get(f"/api/v1/checkpoints/{path}").status_code == 404
+    assert local.get(f"/api/v1/checkpoints/{path}", headers=member()).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -120,15 +142,19 @@ def test_what_is_no_file_of_a_checkpoint_is_not_served(
         "0/%00",
     ],
 )
-def test_nothing_outside_of_the_checkpoints_is_served(local: TestClient, path: str) -> None:
-    response = local.get(f"/api/v1/checkpoints/{path}")
+def test_nothing_outside_of_the_checkpoints_is_served(
+    local: TestClient, member: Callable[[], dict[str, str]], path: str
+) -> None:
+    response = local.get(f"/api/v1/checkpoints/{path}", headers=member())
     assert response.status_code in (404, 422)
     assert b"PRIVATE KEY" not in response.content
 
 
-def test_a_damaged_checkpoint_is_not_served(local: TestClient, web_coordinator: Coordinator) -> None:
+def test_a_damaged_checkpoint_is_not_served(
+    local: TestClient, web_coordinator: Coordinator, member: Callable[[], dict[str, str]]
+) -> None:
     (web_coordinator.run.checkpoints / "round-000000000" / "checkpoint.json").write_text("{")
-    assert local.get("/api/v1/checkpoints/0/model.safetensors").status_code == 404
+    assert local.get("/api/v1/checkpoints/0/model.safetensors", headers=member()).status_code == 404
 
 
 # ---- who is let in
@@ -139,7 +165,7 @@ def test_a_volunteer_on_this_machine_gets_a_certificate_that_holds(
 ) -> None:
     response = ask(local, wish)
     assert response.status_code == 201
-    certificate = Certificate.model_validate_json(response.content)
+    certificate = Admission.model_validate_json(response.content).certificate
     run = web_coordinator.run
     membership = certificate.verify(run.key().public_key, run.spec.fingerprint, identity.peer_id)
     assert membership.username == "আশা"
@@ -204,7 +230,6 @@ def test_a_request_that_does_not_hold_is_refused_with_a_reason(
 @pytest.mark.parametrize(
     "change",
     [
-        {"username": ""},
         {"username": "x" * 41},
         {"username": "two\nlines"},
         {"service": "moon"},
@@ -222,10 +247,10 @@ def test_a_malformed_request_is_refused(
 def test_a_full_disk_lets_nobody_in_and_says_so(
     local: TestClient, web_coordinator: Coordinator, wish: MembershipRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: object) -> None:
+    def refuse() -> None:
         raise StorageError("ledger.sqlite: the ledger cannot be used; make room on that disk")
 
-    monkeypatch.setattr(web_coordinator._ledger, "add_member", refuse)
+    monkeypatch.setattr(web_coordinator._ledger.database, "session", refuse)
     response = ask(local, wish)
     assert response.status_code == 503
     assert "make room" in response.json()["detail"]
@@ -286,3 +311,213 @@ def test_a_run_on_all_addresses_may_be_looked_at_under_every_name(
     assert local.get("/api/v1/run", headers={"Host": "kantha.example"}).status_code == 200
     assert ask(local, wish, {"Host": "kantha.example"}).status_code == 400
     assert ask(local, wish).status_code == 201
+
+
+# ---- who is let in where people sign in
+
+
+@pytest.fixture
+def hub(web_coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """A volunteer elsewhere, of a run with a public link."""
+    monkeypatch.setattr(web_coordinator, "sign_in", "huggingface")
+    monkeypatch.setattr(web_coordinator, "address", "https://kantha.example")
+    web_coordinator._ledger.close()
+    web_coordinator.take(web_coordinator.run)
+    return TestClient(build_app(web_coordinator), base_url="https://kantha.example", client=ELSEWHERE)
+
+
+@pytest.fixture
+def hugging_face(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Says whose a token is, as the hub does. Returns a token that may read."""
+    tokens = {"hf_canaryRead": "read", "hf_canaryWrite": "write"}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            role = tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+            token = {"displayName": "kantha", "role": role}
+            answer = {"type": "user", "id": "6f", "name": "asha", "orgs": [], "auth": {"accessToken": token}}
+            self.send_response(200 if role else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield "hf_canaryRead"
+        server.shutdown()
+        thread.join()
+
+
+def sign_in(client: TestClient, request: MembershipRequest, token: str) -> Any:
+    return client.post("/api/v1/tokens", json={"request": request.model_dump(), "token": token})
+
+
+def test_a_volunteer_from_elsewhere_waits_and_is_let_in(
+    hub: TestClient, web_coordinator: Coordinator, identity: PeerIdentity
+) -> None:
+    run = web_coordinator.run.spec.fingerprint
+
+    def join() -> Any:
+        return ask(hub, MembershipRequest.signed(identity, run, service="kaggle"))
+
+    answer = join()
+    assert answer.status_code == 202
+    waiting = Waiting.model_validate_json(answer.content)
+    assert waiting.state == "sign_in"
+    web_coordinator.allowlist.sign_in(Person("asha", "1", "huggingface", ()))
+    web_coordinator.admission.confirm(waiting.code, "asha")
+    answer = join()
+    assert (answer.status_code, answer.json()["state"]) == (202, "asked")
+    web_coordinator.allowlist.decide(["asha"], "approve", "mod")
+    answer = join()
+    assert answer.status_code == 201
+    admission = Admission.model_validate_json(answer.content)
+    description = RunDescription.model_validate_json(hub.get("/api/v1/run").content)
+    assert (description.sign_in, description.notice) == ("huggingface", admission.notice)
+    trust = Trust(run, description.public_key)
+    trust.take(admission.notice)
+    assert trust.verify(admission.certificate, identity.peer_id).username == "asha"
+
+    web_coordinator.allowlist.decide(["asha"], "ban", "mod", "spam")
+    answer = join()
+    assert answer.status_code == 403
+    assert "spam" in answer.json()["detail"]
+    trust.take(hub.get("/api/v1/run").json()["notice"])
+    assert trust.is_revoked(admission.certificate.membership.serial)
+
+
+def test_a_second_instance_is_told_that_its_place_is_taken_until_the_first_one_leaves(
+    hub: TestClient, web_coordinator: Coordinator, identity: PeerIdentity, other_identity: PeerIdentity
+) -> None:
+    run = web_coordinator.run.spec.fingerprint
+    asha = Person("asha", "1", "huggingface", ())
+    web_coordinator.allowlist.decide(["asha"], "approve", "mod")
+    first = MembershipRequest.signed(identity, run, service="kaggle", instance="nb-1")
+    web_coordinator.admission.sign_in_with(first, asha)
+
+    def second() -> MembershipRequest:
+        return MembershipRequest.signed(other_identity, run, service="kaggle")
+
+    with pytest.raises(LeaseError):
+        web_coordinator.admission.sign_in_with(second(), asha)
+    answer = ask(hub, second())
+    assert answer.status_code == 409
+    assert "nb-1" in LeaseTaken.model_validate_json(answer.content).detail
+    goodbye = DepartureRequest.signed(identity, run)
+    for status in (204, 403):  # a replay
+        assert hub.post("/api/v1/departures", json=goodbye.model_dump()).status_code == status
+    assert ask(hub, second()).status_code == 201
+
+
+def test_a_token_that_may_only_read_signs_in(
+    hub: TestClient, web_coordinator: Coordinator, identity: PeerIdentity, hugging_face: str
+) -> None:
+    run = web_coordinator.run.spec.fingerprint
+    answer = sign_in(hub, MembershipRequest.signed(identity, run), hugging_face)
+    assert (answer.status_code, answer.json()["state"]) == (202, "asked")
+    web_coordinator.allowlist.decide(["asha"], "approve", "mod")
+    request = MembershipRequest.signed(identity, run)
+    assert sign_in(hub, request, hugging_face).status_code == 201
+    assert sign_in(hub, request, hugging_face).status_code == 403  # a replay
+    assert ask(hub, MembershipRequest.signed(identity, run)).status_code == 201
+
+
+@pytest.mark.parametrize("token", ["hf_canaryWrite", "hf_canaryUnknown", "hf_canary\n", "hf_canary" * 30, ""])
+def test_another_token_is_refused_and_repeated_nowhere(
+    hub: TestClient,
+    web_coordinator: Coordinator,
+    identity: PeerIdentity,
+    hugging_face: str,
+    token: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        answer = sign_in(hub, MembershipRequest.signed(identity, web_coordinator.run.spec.fingerprint), token)
+    assert answer.status_code in (403, 422)
+    assert answer.json()["detail"]
+    assert "canary" not in answer.text + caplog.text
+    assert web_coordinator.allowlist.people() == []
+    for file in web_coordinator.run.path.iterdir():
+        assert file.is_dir() or b"canary" not in file.read_bytes()
+
+
+def test_a_run_without_sign_in_takes_no_token(local: TestClient, wish: MembershipRequest, hugging_face: str) -> None:
+    assert sign_in(local, wish, hugging_face).status_code == 403
+
+
+@pytest.mark.parametrize("header", ["", "Bearer hf_canary", "Kantha e30="])
+def test_checkpoints_are_for_members(local: TestClient, header: str) -> None:
+    answer = local.get("/api/v1/checkpoints/0/model.safetensors", headers={"Authorization": header} if header else {})
+    assert answer.status_code == 403
+    assert "for members" in answer.json()["detail"]
+
+
+def test_a_request_for_a_file_is_good_for_once(local: TestClient, member: Callable[[], dict[str, str]]) -> None:
+    headers = member()
+    assert local.get("/api/v1/checkpoints/0/checkpoint.json", headers=headers).status_code == 200
+    assert local.get("/api/v1/checkpoints/0/checkpoint.json", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "nonsense",
+        '{"a": NaN}',
+        '{"\\ud800": "\\ud800"}',
+        '{"issued": 1e999}',
+        '{"issued": ' + "9" * 5000 + "}",
+        "[" * 15_000,
+    ],
+    ids=lambda content: content[:12],
+)
+@pytest.mark.parametrize("path", ["memberships", "tokens", "departures"])
+def test_what_is_malformed_is_answered_without_repeating_it(hub: TestClient, path: str, content: str) -> None:
+    answer = hub.post(f"/api/v1/{path}", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert len(answer.content) < 4_000
+
+
+# ---- how often
+
+
+def test_an_address_may_ask_so_often_in_a_minute_and_others_too(hub: TestClient, web_coordinator: Coordinator) -> None:
+    other = TestClient(hub.app, base_url="https://kantha.example", client=("203.0.113.6", 1))
+    answers = [hub.post("/api/v1/departures", json={}).status_code for _ in range(601)]
+    assert answers == [422] * 600 + [429]
+    refused = hub.post("/api/v1/memberships", json={})
+    assert refused.status_code == 429
+    assert 1 <= int(refused.headers["Retry-After"]) <= 61
+    assert "try again in" in refused.json()["detail"]
+    assert other.post("/api/v1/departures", json={}).status_code == 422
+    assert hub.get("/api/v1/run").status_code == 200  # to look is free
+
+
+def test_a_peer_may_ask_so_often_in_a_minute(
+    hub: TestClient, web_coordinator: Coordinator, identity: PeerIdentity
+) -> None:
+    run = web_coordinator.run.spec.fingerprint
+    answers = [ask(hub, MembershipRequest.signed(identity, run)) for _ in range(41)]
+    assert [answer.status_code for answer in answers] == [202] * 40 + [429]
+    assert int(answers[-1].headers["Retry-After"]) >= 1
+
+
+def test_tokens_are_tried_so_often_in_a_minute(
+    hub: TestClient, web_coordinator: Coordinator, identity: PeerIdentity, hugging_face: str
+) -> None:
+    request = MembershipRequest.signed(identity, web_coordinator.run.spec.fingerprint)
+    answers = [sign_in(hub, request, f"hf_guess{number}").status_code for number in range(21)]
+    assert answers == [403] * 20 + [429]
+
+
+def test_no_address_of_a_person_is_kept(
+    hub: TestClient, web_coordinator: Coordinator, identity: PeerIdentity, hugging_face: str
+) -> None:
+    run = web_coordinator.run
+    sign_in(hub, MembershipRequest.signed(identity, run.spec.fingerprint), hugging_face)
+    ask(hub, MembershipRequest.signed(identity, run.spec.fingerprint))
+    for file in (file for file in run.path.rglob("*") if file.is_file()):
+        assert ELSEWHERE[0].encode() not in file.read_bytes()

@@ -21,6 +21,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 def membership(peer_id: str, username: str, expires: int = 100) -> Membership:
     return Membership(
+        serial="0f" * 8,
         run="0f" * 32,
         username=username,
         peer_id=peer_id,
@@ -146,7 +147,9 @@ def test_the_computing_share_of_no_time_is_unknown(ledger: Ledger) -> None:
 
 def test_what_does_not_change_is_not_added_up_again(ledger: Ledger) -> None:
     queries: list[str] = []
-    event.listen(ledger._engine, "before_cursor_execute", lambda _c, _k, statement, *_: queries.append(statement))
+    event.listen(
+        ledger.database._engine, "before_cursor_execute", lambda _c, _k, statement, *_: queries.append(statement)
+    )
     ledger.add_rounds("a", [report(1, 10)])
     ledger.mark_failed(1, "parts are missing")
     ledger.rounds()
@@ -164,7 +167,7 @@ def test_a_full_disk_is_told_and_survived(tmp_path: Path) -> None:
     ledger.add_rounds("a", [report(1, 10)])
 
     def set_size(pages: int) -> None:
-        with ledger._engine.connect() as connection:  # the pool has one connection: the one that is used next
+        with ledger.database._engine.connect() as connection:  # the pool has one connection: the one that is used next
             connection.execute(text(f"PRAGMA max_page_count={pages}"))
 
     set_size(1)

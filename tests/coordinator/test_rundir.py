@@ -15,9 +15,18 @@ import torch
 from kantha.coordinator import rundir
 from kantha.coordinator.rundir import RunDirectory
 from kantha.corpus import load_tokenizer
-from kantha.errors import CorpusError, DigestError, KanthaError, NewerRunError, RunDirectoryError, StorageError
+from kantha.errors import (
+    CorpusError,
+    DigestError,
+    KanthaError,
+    NewerRunError,
+    OrderError,
+    RunDirectoryError,
+    StorageError,
+)
 from kantha.spec import RunSpec, dump_spec, parse_spec
-from kantha.swarm.membership import RunKey
+from kantha.swarm.membership import RunKey, Trust
+from kantha.swarm.orders import Order, read_order
 from kantha.training import Replica
 from kantha.training.checkpoint import list_checkpoints, read_manifest
 
@@ -67,6 +76,7 @@ def test_the_keys_of_a_run_are_its_owners_alone(tiny_spec: RunSpec, tmp_path: Pa
         run = RunDirectory.create(tmp_path / "run", tiny_spec, silent)
     finally:
         os.umask(umask)
+    assert stat.S_IMODE((run.path / "keys").stat().st_mode) == 0o700
     for name in ("run.pem", "peer.key"):
         assert stat.S_IMODE((run.path / "keys" / name).stat().st_mode) & 0o077 == 0
     assert run.key().public_key == RunKey.load(run.path / "keys" / "run.pem").public_key
@@ -307,3 +317,110 @@ def test_the_lock_of_a_coordinator_that_is_dying_is_waited_for(run_path: Path) -
     assert locked.wait(10)
     restarted.lock()
     thread.join()
+
+
+# ---- another key
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, where: object, name: str, after: bool) -> None:
+    """The program ends just before, or just after it did this."""
+    real = getattr(where, name)
+
+    def killed(*arguments: object) -> None:
+        if after:
+            real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, name, killed)
+
+
+def test_a_run_gets_another_key_which_the_old_one_confirms(run_path: Path) -> None:
+    run = RunDirectory.open(run_path)
+    keys = [run.key().public_key]
+    assert run.key_changes() == []
+    assert run.key_changed() == 0.0
+    for number in (1, 2):
+        change = run.rotate_key()
+        keys.append(run.key().public_key)
+        assert (change.old, change.new) == tuple(keys[-2:])
+        kept = run_path / "keys" / f"run-{number}.pem"
+        assert RunKey.load(kept).public_key == keys[-2]
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+        assert stat.S_IMODE((run_path / "keys" / "run.pem").stat().st_mode) == 0o600
+    assert len(set(keys)) == 3
+    assert [change.new for change in run.key_changes()] == keys[1:]
+    assert run.key_changed() > 0
+    trust = Trust(run.spec.fingerprint, keys[0])
+    assert trust.take(run.key().notify(run.spec.fingerprint, {}, run.key_changes()).model_dump_json())
+    assert trust.run_key == keys[2]
+    assert "PRIVATE" not in (run_path / "keys" / "changes.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "after", "is_changed"),
+    [
+        (RunKey, "generate", False, False),
+        (RunKey, "generate", True, False),
+        (RunDirectory, "_write_whole", False, False),
+        (RunDirectory, "_write_whole", True, True),
+        (os, "link", False, True),
+        (os, "link", True, True),
+        (Path, "replace", True, True),
+    ],
+)
+def test_a_change_of_the_key_that_is_killed_leaves_a_run_that_works(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch, where: object, name: str, after: bool, is_changed: bool
+) -> None:
+    run = RunDirectory.open(run_path)
+    before = run.key().public_key
+    with monkeypatch.context() as patch:
+        kill_at(patch, where, name, after)
+        with pytest.raises(KeyboardInterrupt):
+            run.rotate_key()
+    run = RunDirectory.open(run_path)
+    now = run.key().public_key
+    assert (now != before) == is_changed
+    assert [change.new for change in run.key_changes()] == ([now] if is_changed else [])
+    # and it can be changed again
+    change = run.rotate_key()
+    assert (change.old, change.new) == (now, run.key().public_key)
+    assert not (run_path / "keys" / "run-next.pem").exists()
+    olds = [before, now] if is_changed else [before]
+    kept = [RunKey.load(run_path / "keys" / f"run-{number}.pem") for number in range(1, len(olds) + 1)]
+    assert [key.public_key for key in kept] == olds
+
+
+def test_an_order_from_before_the_change_is_the_same_order_by_the_new_key(run_path: Path) -> None:
+    run = RunDirectory.open(run_path)
+    given = Order.signed(run.key(), run.spec.fingerprint, 100)
+    run.give_order(given)
+    for _ in range(2):
+        run.rotate_key()
+    text = run.read_order()
+    assert text is not None
+    order = read_order(text, run.key().public_key, run.spec.fingerprint)
+    assert (order.number, order.anneal_samples) == (given.number, 100)
+
+
+def test_an_order_by_a_strangers_key_is_none_after_a_change_either(run_path: Path, tmp_path: Path) -> None:
+    run = RunDirectory.open(run_path)
+    run.rotate_key()
+    run.give_order(Order.signed(RunKey.generate(tmp_path / "stranger.pem"), run.spec.fingerprint, 100))
+    with pytest.raises(OrderError, match="not signed"):
+        run.read_order()
+
+
+@pytest.mark.parametrize("text", ["[]x", "[{}]", '{"a": 1}'])
+def test_a_damaged_list_of_changes_is_told(run_path: Path, text: str) -> None:
+    (run_path / "keys" / "changes.json").write_text(text)
+    with pytest.raises(RunDirectoryError, match=r"changes\.json: cannot be used"):
+        RunDirectory.open(run_path).key()
+
+
+def test_a_change_that_the_old_key_did_not_sign_is_told(run_path: Path, tmp_path: Path) -> None:
+    run = RunDirectory.open(run_path)
+    change = run.rotate_key()
+    forged = change.model_copy(update={"new": RunKey.generate(tmp_path / "stranger.pem").public_key})
+    (run_path / "keys" / "changes.json").write_text(f"[{forged.model_dump_json()}]")
+    with pytest.raises(RunDirectoryError, match="not the run's"):
+        run.key()

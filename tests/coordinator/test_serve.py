@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from kantha.coordinator import app as app_module
 from kantha.coordinator import serve as module
+from kantha.coordinator.rundir import RunDirectory
 from kantha.errors import KanthaError, PortTakenError, ProcessEndedError, StorageError, SwarmError, UnreachableError
 
 
@@ -23,8 +25,10 @@ class FakeCoordinator:
     failure: Exception | None = None
     on_failure: Callable[[], None]
 
-    def __init__(self, run: Any, host: str, p2p_port: int, address: str, say: Callable[[str], None]) -> None:
-        self.run, self.address = run, address
+    def __init__(
+        self, run: Any, host: str, p2p_port: int, address: str, say: Callable[[str], None], sign_in: str
+    ) -> None:
+        self.run, self.address, self.sign_in = run, address, sign_in
 
     def start(self) -> None:
         type(self).started(self)
@@ -54,9 +58,9 @@ def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeCoordinato
         signal.signal(signum, handler)
 
 
-def serve(path: Path, host: str = "127.0.0.1", port: int = 0) -> list[str]:
+def serve(path: Path, host: str = "127.0.0.1", port: int = 0, **options: Any) -> list[str]:
     said: list[str] = []
-    module.serve(path, host, port, None, said.append)
+    module.serve(path, host, port, None, said.append, **options)
     return said
 
 
@@ -132,6 +136,99 @@ def test_the_link_of_a_run_answers(
 def test_a_host_that_is_no_address_is_told(run_path: Path, host: str) -> None:
     with pytest.raises(UnreachableError, match="not an IP address"):
         serve(run_path, host)
+
+
+# ---- who may join
+
+
+def left_at_once(coordinator: type[FakeCoordinator], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator, "started", lambda one: one.on_failure(), raising=False)
+
+
+def test_on_one_machine_people_join_by_name(
+    coordinator: type[FakeCoordinator], run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_at_once(coordinator, monkeypatch)
+    said = serve(run_path)
+    assert said[2].startswith("to join:        kantha join http://127.0.0.1:")
+    assert said[2].endswith(" --name YOUR-NAME")
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "link"),
+    [
+        ("0.0.0.0", "https://kantha.example/", "https://kantha.example"),
+        ("0.0.0.0", "https://kantha.example:8443/bn", "https://kantha.example:8443/bn"),
+        ("127.0.0.1", "http://localhost:8600", "http://localhost:8600"),
+        ("127.0.0.1", "http://[::1]:8600", "http://[::1]:8600"),
+        ("127.0.0.1", None, "http://127.0.0.1:"),
+    ],
+)
+def test_where_people_sign_in_they_join_by_the_public_link_with_the_run_s_key(
+    coordinator: type[FakeCoordinator],
+    run_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    address: str | None,
+    link: str,
+) -> None:
+    left_at_once(coordinator, monkeypatch)
+    said = serve(run_path, host, sign_in="huggingface", address=address)
+    assert said[1].startswith(f"the run's page: {link}")
+    assert said[2].startswith(f"to join:        kantha join {link}")
+    assert said[2].endswith(f"#{RunDirectory.open(run_path).key().public_key}")
+
+
+@pytest.mark.parametrize(
+    ("host", "sign_in", "address", "reason"),
+    [
+        ("0.0.0.0", "huggingface", None, "--address https://"),
+        ("127.0.0.1", "huggingface", "http://kantha.example", "https:// only"),
+        ("127.0.0.1", "huggingface", "http://127.0.0.1.kantha.example", "https:// only"),
+        ("127.0.0.1", "local", "https://kantha.example", "--sign-in huggingface"),
+        ("127.0.0.1", "huggingface", "kantha.example", "not a link"),
+        ("127.0.0.1", "huggingface", "ftp://kantha.example", "not a link"),
+        ("127.0.0.1", "huggingface", "https://", "not a link"),
+        ("127.0.0.1", "huggingface", "https://[::1", "not a link"),
+        ("127.0.0.1", "huggingface", "https://kantha.example:99999", "not a link"),
+        ("127.0.0.1", "huggingface", "https://user:secret@kantha.example", "not a link"),
+        ("127.0.0.1", "huggingface", "https://kantha.example/#a", "not a link"),
+        ("127.0.0.1", "huggingface", "https://kantha.example/?a=b", "not a link"),
+        ("127.0.0.1", "huggingface", "https://kantha.example/\n", "not a link"),
+    ],
+)
+def test_a_link_that_people_cannot_use_is_refused(
+    run_path: Path, host: str, sign_in: str, address: str | None, reason: str
+) -> None:
+    with pytest.raises(UnreachableError, match=reason) as caught:
+        serve(run_path, host, sign_in=sign_in, address=address)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("sign_in", "status"), [("huggingface", 422), ("local", 403)])
+def test_a_proxy_on_this_machine_is_believed_where_people_come_from_anywhere(
+    coordinator: type[FakeCoordinator],
+    run_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sign_in: str,
+    status: int,
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(app_module, "network_of", lambda address: seen.append(address) or address)
+    answers: list[int] = []
+
+    def started(one: FakeCoordinator) -> None:
+        def ask() -> None:
+            headers = {"X-Forwarded-For": "198.51.100.1, 203.0.113.5"}
+            answers.append(httpx.post(f"{one.address}/api/v1/departures", json={}, headers=headers).status_code)
+            one.on_failure()
+
+        threading.Thread(target=ask).start()
+
+    monkeypatch.setattr(coordinator, "started", started, raising=False)
+    serve(run_path, sign_in=sign_in)
+    assert answers == [status]
+    assert seen == (["203.0.113.5"] if status == 422 else [])  # whom the proxy saw, not whom that one claims to be
 
 
 def test_a_log_that_cannot_be_written_is_told(run_path: Path) -> None:

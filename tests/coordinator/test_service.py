@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from kantha.coordinator import service
+from kantha.coordinator.allowlist import Allowlist
+from kantha.coordinator.database import Database
+from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.status import HeldoutStatus
 from kantha.errors import StorageError
 from kantha.spec import ScheduleState
-from kantha.swarm.membership import Membership, RunKey
-from kantha.swarm.orders import Order
+from kantha.swarm.identity import PeerIdentity
+from kantha.swarm.membership import Certificate, Membership, MembershipRequest, Notice, RunKey, Trust
+from kantha.swarm.orders import Order, read_order
 from kantha.swarm.reports import LEFT, Report, RoundReport
 from kantha.training import Replica
 from kantha.training.checkpoint import list_checkpoints, read_manifest
@@ -131,6 +135,97 @@ def test_an_annealing_of_one_round_is_told_to_begin_and_to_end(coordinator: Any)
     assert "finished" in finished
 
 
+# ---- what the swarm is told
+
+
+class Node:
+    """Takes what the coordinator tells the swarm."""
+
+    peer_id = "Qm"
+
+    def __init__(self) -> None:
+        self.notices: list[Notice] = []
+        self.certificates: list[Certificate] = []
+
+    def take_notice(self, text: str) -> None:
+        self.notices.append(Notice.model_validate_json(text))
+
+    def set_certificate(self, certificate: Certificate) -> None:
+        self.certificates.append(certificate)
+
+
+@pytest.fixture
+def node(coordinator: Any) -> Node:
+    coordinator._node = Node()
+    return coordinator._node
+
+
+def look(coordinator: Any) -> None:
+    """The next look, without waiting for it."""
+    coordinator._look_after = 0.0
+    coordinator._publish_notice()
+
+
+def test_the_swarm_is_told_what_is_new_and_nothing_twice(coordinator: Any, node: Node, identity: PeerIdentity) -> None:
+    for _ in range(3):
+        look(coordinator)
+    assert [notice.revoked for notice in node.notices] == [{}]
+    run = coordinator.run.spec.fingerprint
+    [own] = node.certificates
+    assert own.verify(coordinator.run.key().public_key, run, "Qm").roles == ("averager",)
+
+    coordinator.admission.admit(MembershipRequest.signed(identity, run, username="asha"))
+    Allowlist(Database(coordinator.run.ledger)).decide(["asha"], "ban", "organizer", "spam")  # another program
+    coordinator._publish_notice()
+    assert len(node.notices) == 1  # not looked yet
+    for _ in range(3):
+        look(coordinator)
+    assert [len(notice.revoked) for notice in node.notices] == [0, 1]
+    assert len(node.certificates) == 1
+    coordinator._certify_after = 0.0  # an hour later
+    look(coordinator)
+    assert len(node.certificates) == 2
+
+
+def test_a_new_key_is_taken_up_while_the_run_is_served(coordinator: Any, node: Node, identity: PeerIdentity) -> None:
+    run = coordinator.run
+    order = Order.signed(run.key(), run.spec.fingerprint, 100)
+    run.give_order(order)
+    coordinator._take_up_order()
+    look(coordinator)
+    trust = Trust(run.spec.fingerprint, coordinator.describe().public_key)
+    change = RunDirectory.open(run.path).rotate_key()  # another program
+    for _ in range(2):
+        look(coordinator)
+        coordinator._take_up_order()
+    assert coordinator.describe().public_key == change.new
+    trust.take(node.notices[-1].model_dump_json())
+    assert trust.run_key == change.new
+    assert [each.signature == "" for each in node.certificates] == [False, False]
+    assert node.certificates[-1].verify(change.new, run.spec.fingerprint, "Qm")
+    answer = coordinator.admission.admit(MembershipRequest.signed(identity, run.spec.fingerprint, username="asha"))
+    assert answer.certificate.verify(change.new, run.spec.fingerprint, identity.peer_id)
+    # the order that was given is followed by those who know the new key alone
+    text = coordinator._engine.orders[-1]
+    assert read_order(text, change.new, run.spec.fingerprint).number == order.number
+    assert [line for line in coordinator.said if "new key" in line] == coordinator.said[-1:]
+
+
+def test_a_disk_that_refuses_is_said_and_tried_again(
+    coordinator: Any, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> str:
+        raise StorageError("ledger.sqlite: make room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator.admission, "notice", refuse)
+        look(coordinator)
+        coordinator._publish_notice()
+    assert coordinator.said == ["ledger.sqlite: make room; it is tried again in 30 s"]
+    look(coordinator)
+    assert len(node.notices) == 1
+
+
 # ---- reports
 
 
@@ -164,6 +259,7 @@ def collect(coordinator: Any, monkeypatch: pytest.MonkeyPatch, *seen: dict[str, 
     for peer in {peer for reports in seen for peer in reports}:
         coordinator._ledger.add_member(
             Membership(
+                serial="0f" * 8,
                 run=coordinator.run.spec.fingerprint,
                 username=peer.title(),
                 peer_id=peer,

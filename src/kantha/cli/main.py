@@ -2,14 +2,16 @@
 
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 from rich.console import Console
 
 from kantha import __version__
+from kantha.cli.members import app as members
 from kantha.errors import KanthaError, SpecError
 from kantha.spec import PRESETS, dump_spec, load_spec
 
@@ -108,11 +110,19 @@ def serve(
         typer.Option(min=0, max=65_535, help="TCP port of the swarm. By default the one used before, or a free one."),
     ] = None,
     host: Annotated[str, typer.Option(help="IP address to listen on.")] = "127.0.0.1",
+    sign_in: Annotated[
+        Literal["local", "huggingface"],
+        typer.Option(help="Who may join: people of this machine, or Hugging Face users whom moderators let in."),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The run's public link, https://…, where a proxy here has the TLS."),
+    ] = None,
 ) -> None:
     """Serve a run: its page, its API, its place in the swarm. Ctrl-C stops it; a restart carries on."""
     from kantha.coordinator.serve import serve as serve_run
 
-    serve_run(run_dir, host, port, p2p_port, _say)
+    serve_run(run_dir, host, port, p2p_port, _say, sign_in, address)
 
 
 @app.command()
@@ -261,6 +271,20 @@ def evaluate(
     show_evaluation(model, tasks or ["mlm", "sop"], text, settings, report, _console)
 
 
+@app.command("rotate-key")
+def rotate_key(run_dir: Annotated[Path, typer.Argument(help="The run's folder, made by `kantha create`.")]) -> None:
+    """Give a run another key, as after a theft. The old one is good for 15 more minutes, and is kept beside it.
+
+    A run that is served takes it up by itself: its members get new certificates, and nobody has to join again.
+    """
+    from kantha.coordinator.rundir import RunDirectory
+
+    change = RunDirectory.open(run_dir).rotate_key()
+    _say(f"the run's key is {change.new} now; a coordinator that serves {run_dir} takes it up within seconds")
+    _say(f"certificates by the old key end at {datetime.fromtimestamp(change.old_until).astimezone():%H:%M}: serve it")
+
+
+app.add_typer(members, name="members")
 corpus = typer.Typer(help="Look at a run's text.", no_args_is_help=True)
 app.add_typer(corpus, name="corpus")
 

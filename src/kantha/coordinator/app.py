@@ -1,23 +1,36 @@
 """The coordinator's web service: the API, and the run's page."""
 
 import ipaddress
+from functools import partial
+from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kantha import __version__
-from kantha.api import RunDescription
+from kantha.api import Admission, LeaseTaken, RunDescription, TokenSignIn, Waiting
+from kantha.coordinator import signin
+from kantha.coordinator.limiter import POSTS, TOKENS, Limiter, TooManyRequestsError, network_of
 from kantha.coordinator.pages import page_router
 from kantha.coordinator.rundir import TOKENIZER_FILE
 from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
-from kantha.errors import MembershipError, StorageError
-from kantha.swarm.membership import Certificate, MembershipRequest
+from kantha.errors import LeaseError, MembershipError, SignInError, StorageError, printable
+from kantha.swarm.membership import DepartureRequest, MembershipRequest
 
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+_STATUS: dict[type[Exception], int] = {  # by what goes wrong
+    MembershipError: 403,
+    SignInError: 403,
+    LeaseError: 409,
+    TooManyRequestsError: 429,
+    StorageError: 503,
+}
+_ANSWERS: dict[int | str, dict[str, Any]] = {202: {"model": Waiting}, 409: {"model": LeaseTaken}}
 _LARGEST_BODY = 16 * 1024  # bytes; a membership request has about 2,000
 
 
@@ -27,21 +40,38 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
     :param any_host: whether it may be looked at under every host name, not only this machine's and the link's
     """
     app = FastAPI(title="Kantha coordinator", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(_Door, names={*_LOCAL_NAMES, urlsplit(coordinator.address).hostname or ""}, any_host=any_host)
+    limiter = Limiter()
+    app.add_middleware(
+        _Door,
+        names={*_LOCAL_NAMES, urlsplit(coordinator.address).hostname or ""},
+        any_host=any_host,
+        only_local=coordinator.sign_in == "local",
+        limiter=limiter,
+    )
+    for kind, code in _STATUS.items():
+        app.add_exception_handler(kind, partial(_tell, code))
+    app.add_exception_handler(RequestValidationError, _tell_what_is_malformed)
     app.include_router(page_router(coordinator.status), include_in_schema=False)
 
     @app.get("/api/v1/run")
     def describe() -> RunDescription:
         return coordinator.describe()
 
-    @app.post("/api/v1/memberships", status_code=201)
-    def join(wish: MembershipRequest) -> Certificate:
-        try:
-            return coordinator.certify(wish)
-        except MembershipError as error:
-            raise HTTPException(403, str(error)) from None
-        except StorageError as error:
-            raise HTTPException(503, str(error)) from None
+    @app.post("/api/v1/memberships", status_code=201, responses=_ANSWERS)
+    def join(wish: MembershipRequest, response: Response) -> Admission | Waiting:
+        return _with_status(response, coordinator.admission.admit(wish))
+
+    @app.post("/api/v1/tokens", status_code=201, responses=_ANSWERS)
+    def sign_in(wish: TokenSignIn, request: Request, response: Response) -> Admission | Waiting:
+        if coordinator.sign_in == "local":
+            raise MembershipError("this run knows no sign-in; join without a token, with --name")
+        limiter.hit(TOKENS, "token", _address(request))
+        person = signin.whoami(wish.token.get_secret_value())
+        return _with_status(response, coordinator.admission.sign_in_with(wish.request, person))
+
+    @app.post("/api/v1/departures", status_code=204)
+    def leave(wish: DepartureRequest) -> None:
+        coordinator.admission.depart(wish)
 
     @app.get("/api/v1/status")
     def status() -> RunStatus:
@@ -52,13 +82,39 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
         return FileResponse(coordinator.run.tokenizer, media_type="application/json")
 
     @app.get("/api/v1/checkpoints/{round_number}/{name}")
-    def checkpoint(round_number: int, name: str) -> FileResponse:
+    def checkpoint(round_number: int, name: str, request: Request) -> FileResponse:
+        coordinator.admission.check_download(request.headers.get("authorization", ""))
         path = coordinator.checkpoint_file(round_number, name)
         if path is None:
             raise HTTPException(404, "no such checkpoint; it may have been replaced by a newer one")
         return FileResponse(path)
 
     return app
+
+
+def _with_status(response: Response, answer: Admission | Waiting) -> Admission | Waiting:
+    if isinstance(answer, Waiting):
+        response.status_code = 202
+    return answer
+
+
+def _tell(status: int, _request: Request, error: Exception) -> JSONResponse:
+    headers = {"Retry-After": str(error.seconds)} if isinstance(error, TooManyRequestsError) else None
+    return JSONResponse({"detail": str(error)}, status, headers)
+
+
+def _tell_what_is_malformed(_request: Request, error: Exception) -> JSONResponse:
+    """Where, and what is wrong there; never what was sent, which may hold a token."""
+    problems = error.errors() if isinstance(error, RequestValidationError) else []
+    detail = [
+        {
+            "loc": [printable(part, 60) for part in problem["loc"]],
+            "msg": printable(problem["msg"]),
+            "type": problem["type"],
+        }
+        for problem in problems[:20]
+    ]
+    return JSONResponse({"detail": detail}, 422)
 
 
 class _Door:
@@ -68,17 +124,25 @@ class _Door:
     somebody may have pointed to this machine), nor in JSON (for which browsers ask us first, and get no leave).
     """
 
-    def __init__(self, app: ASGIApp, names: set[str], any_host: bool) -> None:
+    def __init__(self, app: ASGIApp, names: set[str], any_host: bool, only_local: bool, limiter: Limiter) -> None:
         self._app = app
         self._names = names
         self._any_host = any_host
+        self._only_local = only_local
+        self._limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer: ASGIApp = self._app
-        if scope["type"] == "http" and (refusal := self._refusal(Request(scope))) is not None:
-            status, reason = refusal
-            # with "close", the server does not wait for the rest of the body either
-            answer = JSONResponse({"detail": reason}, status, headers={"Connection": "close"})
+        try:
+            refusal = self._refusal(Request(scope)) if scope["type"] == "http" else None
+        except TooManyRequestsError as error:
+            answer = _tell(429, Request(scope), error)
+            answer.headers["Connection"] = "close"
+        else:
+            if refusal is not None:
+                status, reason = refusal
+                # with "close", the server does not wait for the rest of the body either
+                answer = JSONResponse({"detail": reason}, status, headers={"Connection": "close"})
         await answer(scope, receive, send)
 
     def _refusal(self, request: Request) -> tuple[int, str] | None:
@@ -88,8 +152,9 @@ class _Door:
             return 400, "this coordinator is not known by that host name; use the link that `kantha serve` printed"
         if looks:
             return None
-        if not _is_local(request):
+        if self._only_local and not _is_local(request):
             return 403, "this coordinator only lets in volunteers on its own machine"
+        self._limiter.hit(POSTS, "post", _address(request))
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return 415, "only application/json is understood"
         length = request.headers.get("content-length", "")
@@ -106,6 +171,11 @@ def _host_name(request: Request) -> str | None:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname
     except ValueError:
         return None
+
+
+def _address(request: Request) -> str:
+    """For the limits alone: it is kept in memory for a minute, and said nowhere."""
+    return network_of(request.client.host) if request.client is not None else ""
 
 
 def _is_local(request: Request) -> bool:

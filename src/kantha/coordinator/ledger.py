@@ -1,28 +1,21 @@
 """The ledger: who is a member, what each peer did in each round, what came of it. SQLite through SQLAlchemy."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import Engine, String, create_engine, delete, event, func, or_, select
+from sqlalchemy import String, delete, func, or_, select
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import DatabaseError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from kantha.coordinator.database import Database, Table
 from kantha.coordinator.status import HeldoutStatus, RoundStatus
-from kantha.errors import StorageError
 from kantha.swarm.membership import Membership
 from kantha.swarm.reports import RoundReport
 
 
-class _Table(DeclarativeBase):
-    pass
-
-
-class Member(_Table):
+class Member(Table):
     """One peer of one person."""
 
     __tablename__ = "members"
@@ -33,7 +26,7 @@ class Member(_Table):
     expires: Mapped[int]
 
 
-class Contribution(_Table):
+class Contribution(Table):
     """What one peer did in one round."""
 
     __tablename__ = "contributions"
@@ -49,7 +42,7 @@ class Contribution(_Table):
     seen: Mapped[float]
 
 
-class Device(_Table):
+class Device(Table):
     """What one peer computes on, in its own words."""
 
     __tablename__ = "devices"
@@ -57,7 +50,7 @@ class Device(_Table):
     device: Mapped[str] = mapped_column(String(60))
 
 
-class FailedRound(_Table):
+class FailedRound(Table):
     """A round that no group could finish at first; it was tried again."""
 
     __tablename__ = "failed_rounds"
@@ -65,7 +58,7 @@ class FailedRound(_Table):
     reason: Mapped[str] = mapped_column(String(100))
 
 
-class HeldoutRound(_Table):
+class HeldoutRound(Table):
     """What the model of one round scored on held-out text."""
 
     __tablename__ = "heldout_rounds"
@@ -76,6 +69,18 @@ class HeldoutRound(_Table):
     sop_accuracy: Mapped[float]
     masked: Mapped[int]
     pairs: Mapped[int]
+
+
+def enter_member(session: Session, membership: Membership) -> None:
+    """Whose a peer is, and until when it is a member; the newest word counts."""
+    values = {
+        "username": membership.username,
+        "service": membership.service,
+        "joined": time.time(),
+        "expires": membership.expires,
+    }
+    statement = insert(Member).values(peer_id=membership.peer_id, **values)
+    session.execute(statement.on_conflict_do_update(index_elements=["peer_id"], set_=values))
 
 
 @dataclass(frozen=True)
@@ -91,47 +96,21 @@ class PersonTotals:
 class Ledger:
     """Safe to use from several threads. All methods raise `StorageError` where the disk refuses."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, database: Database | Path) -> None:
+        """:param database: or its path"""
+        self.database = database if isinstance(database, Database) else Database(database)
         self._state: object = object()  # another one after every change
         self._rounds: tuple[object, list[RoundStatus]] | None = None  # the state that they are of, and all rounds
         self._devices: dict[str, str] = {}  # what was entered by this program
-        self._engine: Engine = create_engine(f"sqlite:///{path}")
-
-        @event.listens_for(self._engine, "connect")
-        def _configure(connection: Any, _record: object) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for the writer
-            connection.execute("PRAGMA busy_timeout=10000")
-
-        with self._session() as session:
-            _Table.metadata.create_all(session.connection())
-
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        """One transaction."""
-        try:
-            with Session(self._engine) as session, session.begin():
-                yield session
-        except DatabaseError as error:
-            raise StorageError(
-                f"{self._path}: the ledger cannot be used ({error.orig}); make room on that disk, "
-                "and see that the file is whole and may be written"
-            ) from None
+        self.database.make_tables()
 
     def add_member(self, membership: Membership) -> None:
-        values = {
-            "username": membership.username,
-            "service": membership.service,
-            "joined": time.time(),
-            "expires": membership.expires,
-        }
-        with self._session() as session:
-            statement = insert(Member).values(peer_id=membership.peer_id, **values)
-            session.execute(statement.on_conflict_do_update(index_elements=["peer_id"], set_=values))
+        with self.database.session() as session:
+            enter_member(session, membership)
 
     def members(self) -> dict[str, str]:
         """Username of every member, by peer id."""
-        with self._session() as session:
+        with self.database.reading() as session:
             return dict(session.execute(select(Member.peer_id, Member.username)).all())
 
     def add_rounds(self, peer_id: str, rounds: Iterable[RoundReport]) -> None:
@@ -149,7 +128,7 @@ class Ledger:
                 *(Contribution.__table__.c[column.name] != column for column in figures if column.name != "seen")
             ),
         )
-        with self._session() as session:
+        with self.database.session() as session:
             changed = session.connection().execute(statement).rowcount
         if changed:
             self._state = object()
@@ -159,7 +138,7 @@ class Ledger:
         if self._devices.get(peer_id) == device:  # every report repeats it
             return
         statement = insert(Device).values(peer_id=peer_id, device=device)
-        with self._session() as session:
+        with self.database.session() as session:
             session.execute(statement.on_conflict_do_update(index_elements=["peer_id"], set_={"device": device}))
         self._devices[peer_id] = device
 
@@ -168,7 +147,7 @@ class Ledger:
 
         If the swarm is still alive, they were not lost: its peers report their last rounds again.
         """
-        with self._session() as session:
+        with self.database.session() as session:
             session.execute(delete(Contribution).where(Contribution.round > number))
             session.execute(delete(HeldoutRound).where(HeldoutRound.round > number))
         self._state = object()
@@ -176,7 +155,7 @@ class Ledger:
     def mark_failed(self, number: int, reason: str) -> None:
         """Enter that a round had to be tried again, and why; the first reason stays."""
         statement = insert(FailedRound).values(round=number, reason=reason).on_conflict_do_nothing()
-        with self._session() as session:
+        with self.database.session() as session:
             changed = session.connection().execute(statement).rowcount
         if changed:  # a report repeats its failed rounds, too
             self._state = object()
@@ -202,7 +181,7 @@ class Ledger:
             .group_by(Contribution.round)
             .order_by(Contribution.round)
         )
-        with self._session() as session:
+        with self.database.reading() as session:
             rounds = [
                 RoundStatus(
                     round=number,
@@ -222,12 +201,12 @@ class Ledger:
 
     def add_heldout(self, scores: HeldoutStatus) -> None:
         """Enter what the model of a round scored on held-out text; the newer word counts."""
-        with self._session() as session:
+        with self.database.session() as session:
             session.merge(HeldoutRound(**scores.model_dump(exclude={"loss"})))
 
     def heldout(self) -> list[HeldoutStatus]:
         """All that was measured on held-out text, oldest round first."""
-        with self._session() as session:
+        with self.database.reading() as session:
             return [
                 HeldoutStatus(
                     round=entry.round,
@@ -244,7 +223,7 @@ class Ledger:
 
     def samples_by_peer(self) -> dict[str, int]:
         query = select(Contribution.peer_id, func.sum(Contribution.samples)).group_by(Contribution.peer_id)
-        with self._session() as session:
+        with self.database.reading() as session:
             return {peer: int(samples) for peer, samples in session.execute(query)}
 
     def people(self, last_round: int) -> list[PersonTotals]:
@@ -258,7 +237,7 @@ class Ledger:
             .having(samples > 0)
             .order_by(samples.desc(), Member.username)
         )
-        with self._session() as session:
+        with self.database.reading() as session:
             return [PersonTotals(*row) for row in session.execute(query)]
 
     def seconds_by_device(self, last_round: int) -> dict[str | None, float]:
@@ -274,20 +253,20 @@ class Ledger:
             .having(seconds > 0)
             .order_by(seconds.desc(), Device.device)
         )
-        with self._session() as session:
+        with self.database.reading() as session:
             return dict(session.execute(query).all())
 
     def failures(self) -> dict[int, str]:
         """Why a round had to be tried again, by round."""
-        with self._session() as session:
+        with self.database.reading() as session:
             return dict(session.execute(select(FailedRound.round, FailedRound.reason)).all())
 
     def computing_share(self) -> float | None:
         """Share of the volunteers' time, since each began to train, that they computed; None before the first round."""
         query = select(func.sum(Contribution.seconds), func.sum(Contribution.seconds + Contribution.waited))
-        with self._session() as session:
+        with self.database.reading() as session:
             computing, present = session.execute(query).one()
         return computing / present if present else None
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.database.close()

@@ -3,10 +3,11 @@
 run.json          format, fingerprint, the swarm's port; its presence makes the folder a run
 run.yaml          the frozen run spec
 tokenizer.json    trained when the run was created, or before; its digest is in the spec
-keys/run.pem      the run's Ed25519 key, signs membership certificates (owner only)
+keys/run.pem      the run's Ed25519 key, signs membership certificates (owner only); run-1.pem … were it before
+keys/changes.json which key followed which, each change signed by the key before
 keys/peer.key     the coordinator's libp2p identity (owner only)
 order.json        the organizer's last order, signed by the run's key: to anneal
-ledger.sqlite     members, what each did in each round, what checkpoints scored on held-out text
+ledger.sqlite     people and decisions about them, machines and leases, what each did in each round (owner only)
 checkpoints/      round-*/, newest last
 swarm/            snapshots for peers that join
 log/              what hivemind says, and what the evaluator's process does
@@ -16,24 +17,31 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kantha.corpus import check_tokenizer, read_tokenizer, save_tokenizer, train_tokenizer
 from kantha.digests import FileDigest, check_file, digest_of
 from kantha.errors import NewerRunError, OrderError, RunDirectoryError, SpecError, StorageError
 from kantha.spec import RunSpec, ScheduleState, dump_spec, load_spec
 from kantha.swarm.identity import PeerIdentity
-from kantha.swarm.membership import RunKey, Trust
+from kantha.swarm.membership import KeyChange, RunKey, Trust
 from kantha.swarm.orders import Order, read_order
 from kantha.training import Replica
 from kantha.training.checkpoint import SPEC_FILE, TOKENIZER_FILE, checkpoint_folder
 
 LEDGER_FILE = "ledger.sqlite"
 ORDER_FILE = "order.json"
+CHANGES_FILE = "changes.json"
 FORMAT = 4  # 1 had no lineage, and other rounds; 2 and 3 had other specs
+_KEY = "run.pem"
+_NEXT_KEY = "run-next.pem"  # drawn, and not in its place yet
+_MOST_CHANGES = 100  # of the key: a notice has all of them
+_CHANGES = TypeAdapter(list[KeyChange])
 _BEGINNING = ScheduleState()
 _LOCK_SECONDS = 5.0  # the children of a coordinator that was killed hold the lock until they have died, too
 
@@ -53,6 +61,7 @@ class RunDirectory:
         self.spec = spec
         self._file = file
         self.tokenizer = path / TOKENIZER_FILE
+        self.keys = path / "keys"
         self.checkpoints = path / "checkpoints"
         self.ledger = path / LEDGER_FILE
         self.order = path / ORDER_FILE
@@ -80,14 +89,14 @@ class RunDirectory:
         partial = path.with_name(f".partial-{path.name}")
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / "keys").mkdir(parents=True)
+            (partial / "keys").mkdir(parents=True, mode=0o700)
             if made is None:
                 say(f"training the tokenizer on up to {spec.tokenizer.training_documents:,} documents …")
                 made = train_tokenizer(spec, say)
             digest = save_tokenizer(made, partial / TOKENIZER_FILE)
             spec = spec.model_copy(update={"tokenizer": spec.tokenizer.model_copy(update={"sha256": digest})})
             (partial / SPEC_FILE).write_text(dump_spec(spec), encoding="utf-8")
-            RunKey.generate(partial / "keys" / "run.pem")
+            RunKey.generate(partial / "keys" / _KEY)
             PeerIdentity(partial / "keys" / "peer.key")
             say("drawing the first weights …")
             run = cls(partial, spec, _RunFile(format=FORMAT, fingerprint=spec.fingerprint))
@@ -148,15 +157,88 @@ class RunDirectory:
 
     @property
     def identity(self) -> PeerIdentity:
-        return PeerIdentity(self.path / "keys" / "peer.key")
+        return PeerIdentity(self.keys / "peer.key")
 
     def key(self) -> RunKey:
+        """The run's newest. Raises `RunDirectoryError`."""
+        changes = self.key_changes()
+        if not changes:
+            return self._load_key(_KEY)
+        # A change counts once it is signed. Before or while the files are renamed, the key has one name or the other.
+        for name in (_KEY, _NEXT_KEY, _KEY):
+            with suppress(FileNotFoundError):
+                key = self._load_key(name)
+                if key.public_key == changes[-1].new:
+                    return key
+        raise RunDirectoryError(f"{self.keys}: no key is the one that {CHANGES_FILE} names; restore it from a copy")
+
+    def key_changes(self) -> list[KeyChange]:
+        """Of the run's key, oldest first. Raises `RunDirectoryError`."""
+        path = self.keys / CHANGES_FILE
         try:
-            return RunKey.load(self.path / "keys" / "run.pem")
-        except (OSError, ValueError) as error:
+            changes = _CHANGES.validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return []
+        except (OSError, ValidationError) as error:
             raise RunDirectoryError(
-                f"{self.path / 'keys' / 'run.pem'}: cannot be used ({error}); restore it from a copy"
+                f"{path}: cannot be used ({str(error).splitlines()[0]}); restore it from a copy"
             ) from None
+        follow = all(before.new == after.old for before, after in pairwise(changes))
+        if not follow or not all(change.is_genuine(self.spec.fingerprint) for change in changes):
+            raise RunDirectoryError(f"{path}: is not the run's; restore it from a copy")
+        return changes
+
+    def key_changed(self) -> float:
+        """When the key was changed last, seconds since 1970; 0: never."""
+        try:
+            return (self.keys / CHANGES_FILE).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def rotate_key(self) -> KeyChange:
+        """Draw a new key for the run; the old one confirms it. Raises `RunDirectoryError` or `StorageError`.
+
+        The change is done when keys/changes.json has it. Whatever is killed before or after leaves a run whose `key`
+        is the one that file names.
+        """
+        try:
+            with FileLock(self.keys / ".lock", timeout=_LOCK_SECONDS):
+                self._finish_rotation()
+                changes = self.key_changes()
+                if len(changes) >= _MOST_CHANGES:
+                    raise RunDirectoryError(f"{self.path}: its key was changed {len(changes)} times; create a new run")
+                change = self.key().change_to(RunKey.generate(self.keys / _NEXT_KEY).public_key, self.spec.fingerprint)
+                with (self.keys / _NEXT_KEY).open("rb") as drawn:
+                    os.fsync(drawn.fileno())
+                self._write_whole(f"keys/{CHANGES_FILE}", _CHANGES.dump_json([*changes, change], indent=1).decode())
+                self._finish_rotation()
+        except Timeout:
+            raise RunDirectoryError(f"{self.path}: another program changes the run's key; wait for it") from None
+        except OSError as error:
+            raise self._refused("keys", error) from None
+        return change
+
+    def _finish_rotation(self) -> None:
+        """Rename the key files as keys/changes.json has it, or drop a key that did not get so far."""
+        fresh, current = self.keys / _NEXT_KEY, self.keys / _KEY
+        if not fresh.exists():
+            return
+        changes = self.key_changes()
+        if not changes or self._load_key(_NEXT_KEY).public_key != changes[-1].new:
+            fresh.unlink()
+            return
+        old = self.keys / f"run-{len(changes)}.pem"
+        if not old.exists():
+            os.link(current, old)  # run.pem itself is there at every moment
+        fresh.replace(current)
+
+    def _load_key(self, name: str) -> RunKey:
+        try:
+            return RunKey.load(self.keys / name)
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and name == _NEXT_KEY:
+                raise
+            raise RunDirectoryError(f"{self.keys / name}: cannot be used ({error}); restore it from a copy") from None
 
     @property
     def p2p_port(self) -> int | None:
@@ -186,14 +268,19 @@ class RunDirectory:
             raise self._refused(ORDER_FILE, error) from None
 
     def read_order(self) -> str | None:
-        """The organizer's last order, genuine; None: none was given. Raises `OrderError`."""
+        """The organizer's last order, signed by the run's key; None: none was given. Raises `OrderError`."""
         try:
             text = self.order.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
             raise OrderError(f"{self.order}: cannot be read ({error}); give it again with `kantha anneal`") from None
-        read_order(text, Trust(self.spec.fingerprint, self.key().public_key))
+        key = self.key()
+        for change in self.key_changes():
+            with suppress(OrderError):  # by a key that was the run's when it was given
+                order = read_order(text, Trust(self.spec.fingerprint, change.old))
+                return order.signed_again(key).model_dump_json()
+        read_order(text, Trust(self.spec.fingerprint, key.public_key))
         return text
 
     def save_checkpoint(
@@ -229,7 +316,7 @@ class RunDirectory:
 
     def _write_whole(self, name: str, text: str) -> None:
         """Whole or not at all, even where the machine loses power."""
-        partial = self.path / f".{name}"
+        partial = (self.path / name).with_name(f".{Path(name).name}")
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

@@ -14,21 +14,25 @@ from functools import partial
 
 from kantha import __version__
 from kantha.api import RemoteFile, RunDescription, Snapshot
+from kantha.coordinator.admission import Admission, SignIn
+from kantha.coordinator.allowlist import Allowlist
+from kantha.coordinator.database import Database
 from kantha.coordinator.evaluator import Evaluator
 from kantha.coordinator.ledger import Ledger
+from kantha.coordinator.notifier import Notifier
 from kantha.coordinator.rundir import TOKENIZER_FILE, RunDirectory
 from kantha.coordinator.status import RunStatus, VolunteerStatus
 from kantha.digests import digest_of
 from kantha.errors import (
     DigestError,
-    MembershipError,
     OrderError,
     PortTakenError,
     RunDirectoryError,
     StorageError,
     SwarmError,
 )
-from kantha.swarm.membership import Certificate, MembershipRequest
+from kantha.swarm.guard import Guard
+from kantha.swarm.membership import RENEWAL
 from kantha.swarm.node import Node
 from kantha.swarm.reports import Report, RoundReport
 from kantha.swarm.rounds_engine import RoundsEngine
@@ -45,6 +49,7 @@ _COLLECT_SECONDS = 1.5
 _SAVE_SECONDS = 0.2  # between two looks whether a checkpoint is due
 _JOIN_SECONDS = 10.0  # for a thread to end
 _ROUNDS_AHEAD = 1_000  # rounds that volunteers may have finished while the coordinator was cut off
+_NOTICE_SECONDS = 1.0  # between two looks whether the swarm has to be told something
 _STORAGE_RETRY = 30.0  # seconds until a full disk is tried again
 _STATUS_SECONDS = 1.0  # a status is made anew at most this often
 _log = logging.getLogger(__name__)
@@ -53,7 +58,15 @@ _log = logging.getLogger(__name__)
 class Coordinator:
     """One served run. Made in the main thread: it forks the swarm's processes."""
 
-    def __init__(self, run: RunDirectory, host: str, p2p_port: int, address: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        host: str,
+        p2p_port: int,
+        address: str,
+        say: Callable[[str], None],
+        sign_in: SignIn = "local",
+    ) -> None:
         """
         :param host: IP address that the swarm listens on
         :param address: the run's link
@@ -64,8 +77,9 @@ class Coordinator:
         self.run = run
         self.address = address
         self._say = say
-        self._key = run.key()
-        self._ledger = Ledger(run.ledger)
+        self._notifier = Notifier(run.keys, f"{address}/desk", run.spec.name, say)
+        self.sign_in: SignIn = sign_in
+        self._open_books()
         self._here: dict[str, str] = {}  # who was here when we last looked, for what is said
         # by leavers, for a round that is not finished yet; by peer and round, since a report repeats its rounds
         self._handed_in: dict[tuple[str, int], RoundReport] = {}
@@ -79,9 +93,10 @@ class Coordinator:
         self._said_annealed: float | None = self._replica.schedule_state.annealed
         self._no_save_before = 0.0  # time.monotonic() until which a full disk is left alone
         try:
+            identity = run.identity
             self._node = Node(
-                run.spec.fingerprint,
-                run.identity,
+                identity,
+                Guard(self.admission.trust(), self.admission.averager_certificate(identity.peer_id)),
                 listen=[f"/ip{ipaddress.ip_address(host).version}/{host}/tcp/{p2p_port}"],
             )
         except SwarmError as error:
@@ -97,7 +112,6 @@ class Coordinator:
             self._replica.round,
             lineage=self._replica.lineage,
             schedule_state=self._replica.schedule_state,
-            run_key=self._key.public_key,
             role="averager",
             folder=run.path / "swarm",
         )
@@ -111,7 +125,21 @@ class Coordinator:
             for work in (self._save, self._collect, self._evaluate)
         ]
 
+    def _open_books(self) -> None:
+        """All that is known of people and what they did, in one file."""
+        database = Database(self.run.ledger)
+        self._ledger = Ledger(database)
+        self.allowlist = Allowlist(database, self._notifier.tell)
+        key, changes = self.run.key(), self.run.key_changes()
+        self.admission = Admission(database, self.run.spec, key, self.sign_in, self.allowlist, changes=changes)
+        self.admission.restart()
+        self._key_changed = self.run.key_changed()
+        self._look_after = 0.0  # time.monotonic() until which nobody looks for a new key, or a new notice
+        self._certify_after = 0.0  # time.monotonic() until which the coordinator's own certificate is good enough
+        self._told = ""  # the notice that the swarm was told
+
     def start(self) -> None:
+        self._notifier.start()
         for thread in self._threads:
             thread.start()
 
@@ -125,6 +153,7 @@ class Coordinator:
         self._engine.say_goodbye()
         self._engine.close()
         self._node.close()
+        self._notifier.close()
         self._ledger.close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -153,6 +182,7 @@ class Coordinator:
         while not self._stop.wait(_SAVE_SECONDS):
             self._engine.raise_if_failed()
             self._take_up_order()
+            self._publish_notice()
             newer = self._engine.round - self._checkpoint_round
             # when the last volunteer has left, what it did must not be lost
             is_last = self._engine.schedule_state.is_finished or not self._engine.roster.present("trainer")
@@ -177,6 +207,37 @@ class Coordinator:
         if order is not None:
             self._save_if_newer()  # so that the run can go on from just before
             self._engine.give_order(order)
+
+    def _publish_notice(self) -> None:
+        """Tell the swarm whose certificates are revoked and what the run's key is, where that is news; and stay a
+        member of it."""
+        if time.monotonic() < self._look_after:
+            return
+        self._look_after = time.monotonic() + _NOTICE_SECONDS
+        try:
+            self._take_up_key()
+            notice = self.admission.notice()
+        except (StorageError, RunDirectoryError) as error:
+            self._look_after = time.monotonic() + _STORAGE_RETRY
+            self._say(f"{error}; it is tried again in {_STORAGE_RETRY:.0f} s")
+            return
+        if notice != self._told:
+            self._node.take_notice(notice)
+            self._told = notice
+        if time.monotonic() >= self._certify_after:
+            self._node.set_certificate(self.admission.averager_certificate(self._node.peer_id))
+            self._certify_after = time.monotonic() + RENEWAL
+
+    def _take_up_key(self) -> None:
+        """Look for a key that `kantha rotate-key` drew."""
+        changed = self.run.key_changed()
+        if changed == self._key_changed:
+            return
+        self.admission.rotate(self.run.key(), self.run.key_changes())
+        self._key_changed = changed
+        self._order_written = None  # the order is signed by the new key, too
+        self._certify_after = 0.0
+        self._say("the run has a new key; members get new certificates when they renew them, within a minute")
 
     def _say_how_annealing_goes(self) -> None:
         state, before = self._engine.schedule_state, self._said_annealed
@@ -298,14 +359,6 @@ class Coordinator:
 
     # ---- what the web service answers
 
-    def certify(self, request: MembershipRequest) -> Certificate:
-        """Let a volunteer in. Raises `MembershipError`."""
-        if request.run != self.run.spec.fingerprint:
-            raise MembershipError("this is another run than the one asked for; check the address and join again")
-        certificate = self._key.certify(request, request.verified_peer_id())
-        self._ledger.add_member(certificate.membership)
-        return certificate
-
     def describe(self) -> RunDescription:
         tokenizer = self.run.tokenizer_digest()
         folder = list_checkpoints(self.run.checkpoints)[0]
@@ -316,7 +369,9 @@ class Coordinator:
             version=__version__,
             fingerprint=self.run.spec.fingerprint,
             spec=self.run.spec.model_dump(mode="json"),
-            public_key=self._key.public_key,
+            public_key=self.admission.public_key,
+            notice=self.admission.notice(),
+            sign_in=self.sign_in,
             bootstrap=self._addresses,
             tokenizer=RemoteFile(path=f"api/v1/{TOKENIZER_FILE}", **tokenizer.model_dump()),
             snapshot=Snapshot(

@@ -25,8 +25,7 @@ class Order(BaseModel):
     def signed(cls, key: RunKey, run: str, anneal_samples: int, after: int = 0) -> "Order":
         """:param after: number of the order before, which this one must exceed, whatever the clock says"""
         number = max(time.time_ns() // 10**6, after + 1)
-        order = cls(run=run, number=number, anneal_samples=anneal_samples)
-        return order.model_copy(update={"signature": key.sign(order.content).hex()})
+        return cls(run=run, number=number, anneal_samples=anneal_samples).signed_again(key)
 
     def signed_again(self, key: RunKey) -> "Order":
         """The same order, for peers that know a new key of the run."""
