@@ -150,6 +150,7 @@ class FakeEngine:
         self.round = 0
         self.lineage = ""
         self.lineages: dict[int, str] = {}
+        self.shares: dict[int, dict[str, float]] = {}
         self.is_ready = True
         self.roster = Roster()
         self.target, self.learning_rate = 64, 1e-2

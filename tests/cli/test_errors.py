@@ -230,7 +230,10 @@ def test_a_demo_asks_its_coordinator_without_a_proxy(
 
 def test_a_demo_counts_volunteers_of_one_name_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = SimpleNamespace(
-        rounds=list,
+        rounds=lambda: [
+            SimpleNamespace(round=1, samples=5, loss=6.5, failed=False),
+            SimpleNamespace(round=2, samples=2, loss=None, failed=True),
+        ],
         members=lambda: {"a": "Asha", "b": "Asha", "c": "Mitu"},
         samples_by_peer=lambda: {"a": 3, "b": 4},
         computing_share=lambda: 0.99,
@@ -241,6 +244,8 @@ def test_a_demo_counts_volunteers_of_one_name_together(tmp_path: Path, monkeypat
     assert figures["samples_per_volunteer"] == {"Asha": 7, "Mitu": 0}
     assert figures["volunteers"] == 3
     assert figures["computing_share"] == 0.99
+    assert (figures["rounds"], figures["samples"], figures["failed_rounds"]) == (2, 7, 1)
+    assert figures["train_loss"] == [[1, 6.5]]  # of the other it is not known
 
 
 def test_a_new_spec_can_be_used_and_is_not_overwritten(kantha: Kantha, tmp_path: Path) -> None:

@@ -284,8 +284,11 @@ def test_more_samples_than_the_target_are_the_averaging(samples: int, progress: 
     assert texts[texts.index("Next round in") + 1] == left
 
 
-def test_a_loss_that_is_not_a_number_is_said_and_not_drawn() -> None:
-    client = client_of(make_status(rounds=[make_round(1), make_round(2, loss=float("nan"))]))
+@pytest.mark.parametrize(
+    "unknown", [{"loss": float("nan")}, {"loss": None, "mlm_loss": None, "sop_loss": None}], ids=str
+)
+def test_a_loss_that_is_no_number_is_said_and_not_drawn(unknown: dict[str, float | None]) -> None:
+    client = client_of(make_status(rounds=[make_round(1), make_round(2, **unknown)]))
     assert client.get("/chart-data").json()["round"] == [1]
     assert "Round 2: 3 volunteers, 262 samples, loss –" in Texts(client.get("/").text).texts
 

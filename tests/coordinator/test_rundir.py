@@ -398,7 +398,7 @@ def test_an_order_from_before_the_change_is_the_same_order_by_the_new_key(run_pa
         run.rotate_key()
     text = run.read_order()
     assert text is not None
-    order = read_order(text, run.key().public_key, run.spec.fingerprint)
+    order = read_order(text, Trust(run.spec.fingerprint, run.key().public_key))
     assert (order.number, order.anneal_samples) == (given.number, 100)
 
 

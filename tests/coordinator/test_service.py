@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from kantha.coordinator import service
+from kantha.coordinator import ledger, service
 from kantha.coordinator.allowlist import Allowlist
 from kantha.coordinator.database import Database
 from kantha.coordinator.rundir import RunDirectory
-from kantha.coordinator.status import HeldoutStatus
+from kantha.coordinator.status import HeldoutStatus, RunStatus
 from kantha.errors import StorageError
 from kantha.spec import ScheduleState
 from kantha.swarm.identity import PeerIdentity
@@ -207,7 +207,7 @@ def test_a_new_key_is_taken_up_while_the_run_is_served(coordinator: Any, node: N
     assert answer.certificate.verify(change.new, run.spec.fingerprint, identity.peer_id)
     # the order that was given is followed by those who know the new key alone
     text = coordinator._engine.orders[-1]
-    assert read_order(text, change.new, run.spec.fingerprint).number == order.number
+    assert read_order(text, Trust(run.spec.fingerprint, change.new)).number == order.number
     assert [line for line in coordinator.said if "new key" in line] == coordinator.said[-1:]
 
 
@@ -330,6 +330,50 @@ def test_samples_that_a_leaver_handed_in_count_when_the_others_have_finished_the
     collect(coordinator, monkeypatch, {"asha": left})
     assert coordinator._ledger.samples_by_peer() == {"asha": 20}
     assert not coordinator._handed_in
+
+
+def test_who_was_killed_before_it_could_report_is_credited_by_the_result(
+    coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rafiq alone had samples in round 3, and its last report is of round 2."""
+    engine = coordinator._engine
+    engine.round = 3
+    engine.lineages = {number: f"after {number}" for number in (1, 2, 3)}
+    engine.shares = {number: {"asha": 0.0, "rafiq": 10.0, "coordinator": 0.0} for number in (1, 2, 3)}
+    reports = {"asha": report(*(done(number, samples=0) for number in (1, 2, 3))), "rafiq": report(done(1), done(2))}
+    collect(coordinator, monkeypatch, reports)
+    assert [entry.round for entry in coordinator._make_status().rounds] == [1, 2]  # its report may be under way
+    monkeypatch.setattr(ledger, "_REPORT_COMES", 0.0)
+    collect(coordinator, monkeypatch, reports)
+    status = coordinator._make_status()
+    assert [(entry.round, entry.samples, entry.loss) for entry in status.rounds] == [
+        (1, 10, 5.5),
+        (2, 10, 5.5),
+        (3, 10, None),
+    ]
+    assert status.samples == 30
+    assert RunStatus.model_validate_json(status.model_dump_json()).rounds == status.rounds
+
+
+def test_a_result_that_the_full_disk_refused_is_entered_later(
+    coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_result = coordinator._ledger.add_result
+    tries: list[int] = []
+
+    def full_once(number: int, *result: Any) -> None:
+        tries.append(number)
+        if len(tries) == 1:
+            raise StorageError("ledger.sqlite: make room")
+        add_result(number, *result)
+
+    monkeypatch.setattr(coordinator._ledger, "add_result", full_once)
+    monkeypatch.setattr(ledger, "_REPORT_COMES", 0.0)
+    coordinator._engine.lineages, coordinator._engine.shares = {1: "after 1"}, {1: {"asha": 10.0}}
+    same = {"asha": report()}
+    collect(coordinator, monkeypatch, same, same, same)
+    assert coordinator._ledger.samples_by_peer() == {"asha": 10}
+    assert tries == [1, 1]
 
 
 def test_nobody_can_have_done_rounds_of_a_far_future(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:

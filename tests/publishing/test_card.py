@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from kantha.cli.publish import export_run, training_facts
+from kantha.coordinator import ledger as ledger_module
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.status import HeldoutStatus
@@ -281,6 +282,34 @@ def test_text_that_is_not_at_hand_only_costs_the_examples(run_path: Path, tiny_s
     assert "What it fills in" not in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     export_run(run_path, tmp_path / "other")
     assert "What it fills in" in (tmp_path / "other" / "README.md").read_text(encoding="utf-8")
+
+
+def test_samples_of_unknown_loss_are_in_the_card_and_not_in_its_curve(
+    run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their volunteer was killed before it could report the only round that it took part in."""
+    monkeypatch.setattr(ledger_module, "_REPORT_COMES", 0.0)
+    run = RunDirectory.open(run_path)
+    ledger = Ledger(run.ledger)
+    ledger.add_member(
+        Membership(
+            run=run.spec.fingerprint,
+            username="Rafiq",
+            peer_id="b",
+            service="local",
+            roles=("trainer",),
+            issued=0,
+            expires=100,
+        )
+    )
+    ledger.add_result(0, "the first", {"b": 70.0})  # of round 0, which the run's only checkpoint is of
+    ledger.stand_in()
+    ledger.close()
+    known = training_facts(run.ledger, 0)
+    assert (known.samples, known.losses, known.computing_share) == (70, [], None)
+    assert known.contributors == [Contributor("Rafiq", 70, 0.0)]
+    export_run(run_path, tmp_path / "model")
+    assert "`Rafiq` | 70" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_same_losses_give_the_same_picture(tmp_path: Path) -> None:

@@ -194,6 +194,26 @@ def test_a_volunteer_that_is_alone_has_whole_rounds_and_its_end_does_not_spoil_t
 
 
 @pytest.mark.slow
+def test_who_is_killed_before_it_can_report_a_round_has_credit_for_it(run: Run) -> None:
+    run.serve()
+    alone = run.join("Asha")
+    run.wait_for_volunteer("Asha", 90)
+    before = run.status()
+    assert before is not None
+    reached = run.wait_for_round(before.round + 1, 60).round
+    alone.kill()  # the coordinator has the round's result; the report of it comes up to 3 s later
+    wait_for(
+        lambda: (s := run.status()) and [r.round for r in s.rounds] == list(range(1, s.round + 1)),
+        60,
+        f"every round in the ledger\n{run.story()}",
+    )
+    end = run.status()
+    assert end is not None
+    assert end.round >= reached
+    assert all(r.samples > 0 for r in end.rounds)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("whose", ["volunteer", "coordinator"])
 def test_who_loses_its_swarm_process_starts_itself_again(run: Run, free_port: int, whose: str) -> None:
     coordinator = run.serve(free_port)

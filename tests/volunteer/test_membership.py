@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import segno
-from kantha.coordinator.allowlist import Person
 from rich.console import Console
 from web_server import DEADLINE, RUN, Answer, Desk, Request, Server, asked, hang_up, refused, sign_in
 
 from kantha.api import Admission, RunDescription
+from kantha.coordinator.allowlist import Person
 from kantha.coordinator.service import Coordinator
 from kantha.errors import (
     FingerprintError,

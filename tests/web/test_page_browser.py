@@ -1,6 +1,5 @@
 """The run's page in a real Chromium: live, quiet in the console, and talking to nobody but its own server."""
 
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import uvicorn
+from chromium import CHROMIUM, CHROMIUM_ARGUMENTS, MARKS
 from fastapi import FastAPI
 
 from kantha.coordinator.pages import page_router
@@ -15,23 +15,11 @@ from kantha.coordinator.status import HeldoutStatus, RoundStatus, RunStatus, Vol
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
-CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-CHROMIUM_ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 HOSTILE = "<img src=x onerror=alert(1)>"
 PATIENCE = 30_000  # milliseconds
 sync_api.expect.set_options(timeout=PATIENCE)
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; `apt-get install chromium`"),
-]
+pytestmark = MARKS
 
 
 def make_status(rounds: int, names: list[str]) -> RunStatus:

@@ -235,9 +235,10 @@ def _watch(
                 # not the newest: reports of that one may still be under way
                 for done in (r for r in status.rounds[:-1] if r.round > shown):
                     shown = done.round
+                    loss = "–" if done.loss is None else f"{done.loss:.3f}"
                     console.print(
                         f"round {done.round}: {done.volunteers} volunteers, {done.samples} samples, "
-                        f"loss {done.loss:.3f}{' (failed)' if done.failed else ''}; {left:.0f} s left",
+                        f"loss {loss}{' (failed)' if done.failed else ''}; {left:.0f} s left",
                         markup=False,
                     )
             time.sleep(1.0)
@@ -263,7 +264,7 @@ def _picture(status: RunStatus | None, people: Sequence[_Child], url: str, left:
     clock = f"{int(left) // 60}:{int(left) % 60:02d} left"
     if status is None:
         return Panel(Group(table, clock), title="Kantha demo")
-    losses = [round.loss for round in status.rounds]
+    losses = [round.loss for round in status.rounds if round.loss is not None]
     trend = f"loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else "waiting for the first round"
     bar = ProgressBar(
         total=status.target_batch_size, completed=min(status.samples_in_round, status.target_batch_size), width=60
@@ -299,7 +300,7 @@ def _figures(run: RunDirectory, before: float, after: float, model: Path, second
         "rounds": len(rounds),
         "samples": sum(round.samples for round in rounds),
         "samples_per_volunteer": dict(by_name),
-        "train_loss": [[round.round, round.loss] for round in rounds],
+        "train_loss": [[round.round, round.loss] for round in rounds if round.loss is not None],
         "heldout_loss_start": before,
         "heldout_loss_end": after,
         "failed_rounds": sum(round.failed for round in rounds),

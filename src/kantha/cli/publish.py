@@ -48,7 +48,11 @@ def training_facts(path: Path, last_round: int) -> TrainingFacts:
     computing = sum(person.seconds for person in people)
     present = computing + sum(person.waited for person in people)
     return TrainingFacts(
-        losses=[RoundLoss(entry.round, entry.mlm_loss, entry.sop_loss) for entry in rounds],
+        losses=[
+            RoundLoss(entry.round, entry.mlm_loss, entry.sop_loss)
+            for entry in rounds
+            if entry.mlm_loss is not None and entry.sop_loss is not None
+        ],
         heldout=[
             HeldoutLoss(
                 round=entry.round,

@@ -1,4 +1,4 @@
-"""The coordinator's web service: the API, and the run's page."""
+"""The coordinator's web service: the API, the run's page, and the pages about persons where people sign in."""
 
 import ipaddress
 from functools import partial
@@ -15,6 +15,7 @@ from kantha.api import Admission, LeaseTaken, RunDescription, TokenSignIn, Waiti
 from kantha.coordinator import signin
 from kantha.coordinator.limiter import POSTS, TOKENS, Limiter, TooManyRequestsError, network_of
 from kantha.coordinator.pages import page_router
+from kantha.coordinator.people import FORM_TYPES, FORMS, add_people
 from kantha.coordinator.rundir import TOKENIZER_FILE
 from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
@@ -41,17 +42,19 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
     """
     app = FastAPI(title="Kantha coordinator", version=__version__, docs_url=None, redoc_url=None)
     limiter = Limiter()
-    app.add_middleware(
+    only_local = coordinator.sign_in == "local"
+    invitation = None if only_local else add_people(app, coordinator, signin.provider_of(coordinator.run.keys))
+    app.add_middleware(  # after that of the sessions, so that it is asked before
         _Door,
         names={*_LOCAL_NAMES, urlsplit(coordinator.address).hostname or ""},
         any_host=any_host,
-        only_local=coordinator.sign_in == "local",
+        only_local=only_local,
         limiter=limiter,
     )
     for kind, code in _STATUS.items():
         app.add_exception_handler(kind, partial(_tell, code))
     app.add_exception_handler(RequestValidationError, _tell_what_is_malformed)
-    app.include_router(page_router(coordinator.status), include_in_schema=False)
+    app.include_router(page_router(coordinator.status, invitation), include_in_schema=False)
 
     @app.get("/api/v1/run")
     def describe() -> RunDescription:
@@ -121,7 +124,8 @@ class _Door:
     """Turns away what nobody should ask, by its headers alone: before any of its body is read.
 
     A page from elsewhere in a browser on this machine must not speak for it. It cannot under its own host name (which
-    somebody may have pointed to this machine), nor in JSON (for which browsers ask us first, and get no leave).
+    somebody may have pointed to this machine), nor in JSON (for which browsers ask us first, and get no leave). The
+    forms of people.py have a protection of their own.
     """
 
     def __init__(self, app: ASGIApp, names: set[str], any_host: bool, only_local: bool, limiter: Limiter) -> None:
@@ -155,13 +159,17 @@ class _Door:
         if self._only_local and not _is_local(request):
             return 403, "this coordinator only lets in volunteers on its own machine"
         self._limiter.hit(POSTS, "post", _address(request))
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return 415, "only application/json is understood"
+        types: tuple[str, ...] = ("application/json",)
+        largest = _LARGEST_BODY
+        if not self._only_local and request.url.path in FORMS:
+            types, largest = FORM_TYPES, FORMS[request.url.path]
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() not in types:
+            return 415, f"only {' and '.join(types)} is understood"
         length = request.headers.get("content-length", "")
         if "transfer-encoding" in request.headers or not length.isdecimal():
             return 411, "the length of the body has to be told"
-        if int(length) > _LARGEST_BODY:
-            return 413, f"the body is larger than {_LARGEST_BODY} bytes"
+        if int(length) > largest:
+            return 413, f"the body is larger than {largest} bytes"
         return None
 
 

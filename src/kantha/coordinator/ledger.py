@@ -1,11 +1,12 @@
 """The ledger: who is a member, what each peer did in each round, what came of it. SQLite through SQLAlchemy."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import String, delete, func, or_, select
+from sqlalchemy import String, and_, case, delete, exists, func, or_, select
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -13,6 +14,10 @@ from kantha.coordinator.database import Database, Table
 from kantha.coordinator.status import HeldoutStatus, RoundStatus
 from kantha.swarm.membership import Membership
 from kantha.swarm.reports import RoundReport
+
+_REPORT_COMES = 30.0  # seconds after which a report of a round is not waited for any more
+_GIFT_LATE = 2  # rounds after the one that a leaver names in which what it handed in may count, as old as it is by then
+_RESULTS_KEPT = 64  # rounds
 
 
 class Member(Table):
@@ -27,7 +32,10 @@ class Member(Table):
 
 
 class Contribution(Table):
-    """What one peer did in one round."""
+    """What one peer did in one round; its lineage is empty where it left and handed its samples in.
+
+    Where its report did not come, the samples are those that the round's result has of it, the rest is unknown, and 0.
+    """
 
     __tablename__ = "contributions"
     round: Mapped[int] = mapped_column(primary_key=True)
@@ -38,8 +46,29 @@ class Contribution(Table):
     waited: Mapped[float]
     mlm_loss_sum: Mapped[float]
     sop_loss_sum: Mapped[float]
-    peers: Mapped[int]
+    peers: Mapped[int]  # that put samples in, in its word; 0: it said nothing, and the result stands in for it
     seen: Mapped[float]
+
+
+_STANDS_IN = Contribution.peers == 0
+
+
+class Result(Table):
+    """One of the last rounds, as this coordinator has applied it."""
+
+    __tablename__ = "results"
+    round: Mapped[int] = mapped_column(primary_key=True)
+    lineage: Mapped[str] = mapped_column(String(64))  # after it
+    seen: Mapped[float]
+
+
+class Share(Table):
+    """What one peer put into a result, what leavers had handed in to it included."""
+
+    __tablename__ = "shares"
+    round: Mapped[int] = mapped_column(primary_key=True)
+    peer_id: Mapped[str] = mapped_column(String(80), primary_key=True)
+    samples: Mapped[int]
 
 
 class Device(Table):
@@ -114,24 +143,140 @@ class Ledger:
             return dict(session.execute(select(Member.peer_id, Member.username)).all())
 
     def add_rounds(self, peer_id: str, rounds: Iterable[RoundReport]) -> None:
-        """Enter what a peer reports. Of a round that was done again, the newer report wins."""
-        now = time.time()
-        rows = [{"peer_id": peer_id, "seen": now, **report.dict()} for report in rounds]
-        if not rows:
+        """Enter what a peer reports, at most the samples that a round's result has of it, where that is known. Of a
+        round that was done again, the newer report wins."""
+        reports = {report.round: report for report in rounds}
+        if not reports:
             return
-        statement = insert(Contribution).values(rows)
-        figures = [column for column in statement.excluded if not column.primary_key]
-        # A report repeats the peer's last rounds every few seconds: what is the same stays as it is, and when it came.
-        statement = statement.on_conflict_do_update(
-            set_={column.name: column for column in figures},
-            where=or_(
-                *(Contribution.__table__.c[column.name] != column for column in figures if column.name != "seen")
-            ),
-        )
+        now = time.time()
         with self.database.session() as session:
+            statement = insert(Contribution).values(
+                [{"peer_id": peer_id, "seen": now, **row} for row in self._cut(session, peer_id, reports)]
+            )
+            figures = [column for column in statement.excluded if not column.primary_key]
+            # A report repeats the peer's last rounds every few seconds: what is the same stays as it is, and when it
+            # came.
+            statement = statement.on_conflict_do_update(
+                set_={column.name: column for column in figures},
+                where=or_(
+                    *(Contribution.__table__.c[column.name] != column for column in figures if column.name != "seen")
+                ),
+            )
             changed = session.connection().execute(statement).rowcount
+            if changed:  # how far a result stands in for one peer depends on what others say
+                session.execute(
+                    delete(Contribution).where(
+                        _STANDS_IN,
+                        Contribution.round.between(min(reports), max(reports) + _GIFT_LATE),
+                        exists().where(Result.round == Contribution.round),
+                    )
+                )
+                self._stand_in(session)
         if changed:
             self._state = object()
+
+    @staticmethod
+    def _cut(session: Session, peer_id: str, reports: Mapping[int, RoundReport]) -> Iterator[dict[str, Any]]:
+        """What is entered of a peer's reports. What a leaver handed in is another one's in the result, so unchecked."""
+        query = (
+            select(Result.round, Result.lineage, func.coalesce(Share.samples, 0))
+            .outerjoin(Share, and_(Share.round == Result.round, Share.peer_id == peer_id))
+            .where(Result.round.in_(reports))
+        )
+        known = {(number, lineage): samples for number, lineage, samples in session.execute(query)}
+        for report in reports.values():
+            row = report.dict()
+            most = known.get((report.round, report.lineage), report.samples)
+            if report.samples > most:  # the mean loss stays
+                row["samples"] = most
+                for name in ("mlm_loss_sum", "sop_loss_sum"):
+                    row[name] *= most / report.samples
+            yield row
+
+    def add_result(self, number: int, lineage: str, samples: Mapping[str, float]) -> None:
+        """Enter what came of a round: the samples that each peer put in, and the lineage after it. Of a round that was
+        done again, the newer word counts."""
+        with self.database.session() as session:
+            known = session.get(Result, number)
+            if known is not None and known.lineage == lineage:
+                return
+            session.merge(Result(round=number, lineage=lineage, seen=time.time()))
+            session.execute(delete(Share).where(Share.round == number))
+            session.execute(delete(Contribution).where(_STANDS_IN, Contribution.round == number))
+            session.add_all(
+                Share(round=number, peer_id=peer_id, samples=int(share))
+                for peer_id, share in samples.items()
+                if share >= 1
+            )
+            for table in (Result, Share):
+                session.execute(delete(table).where(table.round <= number - _RESULTS_KEPT))
+        self._state = object()
+
+    def stand_in(self) -> None:
+        """Give members whose report of a round did not come credit for it by its result. A report that comes later
+        replaces that."""
+        with self.database.session() as session:
+            changed = self._stand_in(session)
+        if changed:
+            self._state = object()
+
+    def _stand_in(self, session: Session) -> bool:
+        query = (
+            select(Share.round, Share.peer_id, Share.samples, Result.lineage, Result.seen)
+            .join(Result, Result.round == Share.round)
+            .join(Member, Member.peer_id == Share.peer_id)
+            .outerjoin(Contribution, and_(Contribution.round == Share.round, Contribution.peer_id == Share.peer_id))
+            .where(Contribution.round.is_(None), func.abs(time.time() - Result.seen) >= _REPORT_COMES)
+        )  # abs: after the clock was put back, waiting for it to catch up would take too long
+        missing: dict[int, list[Any]] = {}
+        for row in session.execute(query):
+            missing.setdefault(row.round, []).append(row)
+        rows = []
+        for number, shares in missing.items():
+            whole = sum(share.samples for share in shares)
+            own = max(0, whole - self._gifts(session, number))  # whose the gifts are is not known: all give way alike
+            rows += [
+                {
+                    "round": number,
+                    "peer_id": share.peer_id,
+                    "lineage": share.lineage,
+                    "samples": share.samples * own // whole,
+                    "seconds": 0.0,
+                    "waited": 0.0,
+                    "mlm_loss_sum": 0.0,
+                    "sop_loss_sum": 0.0,
+                    "peers": 0,
+                    "seen": share.seen,
+                }
+                for share in shares
+            ]
+        if rows:
+            session.execute(insert(Contribution).values(rows))
+        return bool(rows)
+
+    @staticmethod
+    def _gifts(session: Session, number: int) -> int:
+        """How many of the samples in a round's result leavers may have handed in to members that say nothing: they
+        count for the leavers already. What a peer put in beyond its own word was handed in to it."""
+        handed_in = session.scalar(
+            select(func.coalesce(func.sum(Contribution.samples), 0)).where(
+                Contribution.round.between(number - _GIFT_LATE, number), Contribution.lineage == ""
+            )
+        )
+        if not handed_in:
+            return 0
+        told = func.coalesce(Contribution.samples, 0)  # of who is no member nothing is entered: the coordinator
+        found = session.scalar(
+            select(func.coalesce(func.sum(Share.samples - told), 0))
+            .outerjoin(Contribution, and_(Contribution.round == Share.round, Contribution.peer_id == Share.peer_id))
+            .outerjoin(Member, Member.peer_id == Share.peer_id)
+            .where(
+                Share.round.between(number - _GIFT_LATE, number),
+                or_(Member.peer_id.is_(None), and_(Contribution.peers > 0, Contribution.lineage != "")),
+                Share.samples > told,
+            )
+        )
+        return max(0, int(handed_in) - int(found or 0))
 
     def set_device(self, peer_id: str, device: str) -> None:
         """Enter what a peer computes on; the newest word counts."""
@@ -148,8 +293,8 @@ class Ledger:
         If the swarm is still alive, they were not lost: its peers report their last rounds again.
         """
         with self.database.session() as session:
-            session.execute(delete(Contribution).where(Contribution.round > number))
-            session.execute(delete(HeldoutRound).where(HeldoutRound.round > number))
+            for table in (Contribution, HeldoutRound, Result, Share):
+                session.execute(delete(table).where(table.round > number))
         self._state = object()
 
     def mark_failed(self, number: int, reason: str) -> None:
@@ -161,17 +306,18 @@ class Ledger:
             self._state = object()
 
     def rounds(self) -> list[RoundStatus]:
-        """All finished rounds, oldest first, each added up over its contributions."""
+        """All finished rounds, oldest first, each added up over its contributions; the loss is that of the samples for
+        which it is known."""
         state, known = self._state, self._rounds
         if known is not None and known[0] is state:
             return list(known[1])
-        samples = func.sum(Contribution.samples)
+        told = func.nullif(func.sum(case((_STANDS_IN, 0), else_=Contribution.samples)), 0)
         query = (
             select(
                 Contribution.round,
-                samples,
-                func.sum(Contribution.mlm_loss_sum) / samples,
-                func.sum(Contribution.sop_loss_sum) / samples,
+                func.sum(Contribution.samples),
+                func.sum(Contribution.mlm_loss_sum) / told,
+                func.sum(Contribution.sop_loss_sum) / told,
                 func.count(),
                 func.min(Contribution.seen),
                 func.max(FailedRound.reason),
@@ -186,7 +332,7 @@ class Ledger:
                 RoundStatus(
                     round=number,
                     samples=count,
-                    loss=mlm + sop,
+                    loss=None if mlm is None or sop is None else mlm + sop,
                     mlm_loss=mlm,
                     sop_loss=sop,
                     volunteers=volunteers,

@@ -1,5 +1,9 @@
-"""The run's page: `GET /`, complete without JavaScript and live with it; everything it loads comes from this server."""
+"""The run's page: `GET /`, complete without JavaScript and live with it; everything it loads comes from this server.
 
+people.py has the pages about persons, in the same cloth.
+"""
+
+import functools
 import gzip
 import hashlib
 import math
@@ -40,6 +44,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "frame-ancestors 'none'",
     ]
 )
+NO_KEEPING = {"Cache-Control": "no-store"}
 
 _HERE = Path(__file__).parent
 # The curves in colours that keep a contrast of 3:1 to both the light and the dark cloth; page.css colours the rest.
@@ -48,32 +53,34 @@ _PATCH = "#fffcf5"
 
 
 @dataclass(frozen=True)
-class _Asset:
+class Asset:
     content: bytes
     gzipped: bytes
     media_type: str
 
 
-def page_router(get_status: Callable[[], RunStatus]) -> APIRouter:
-    """The routes of the run's page; `get_status` is called once for each request, in a worker thread.
+@dataclass(frozen=True)
+class Invitation:
+    """What the run's page says to one who looks at it, in a run that people sign in to."""
+
+    link: str  # of the run, with its key: what `kantha join` takes
+    sign_in: str  # address
+    username: str = ""  # empty: signed out
+    sign: str = ""  # ⏳, ✅ …
+
+
+def page_router(
+    get_status: Callable[[], RunStatus], get_invitation: Callable[[Request], Invitation] | None = None
+) -> APIRouter:
+    """The routes of the run's page; both are called once for each request, in a worker thread.
 
     The page's script also polls `api/v1/status`, which the application serves next to this router.
+
+    :param get_invitation: None in a run of local identities
     """
-    names, assets = _load_assets()
+    names, assets = load_assets()
     chart = json_item(_chart(), "chart")
-    templates = Jinja2Templates(_HERE / "templates")
-    templates.env.filters.update(
-        number=_number,
-        percent=_percent,
-        duration=_duration,
-        ago=_ago,
-        many=_many,
-        sentence=_sentence,
-        heldout_sentence=_heldout_sentence,
-        state=_state,
-    )
-    # Bokeh's documents refer back to models earlier in them, so `tojson` must leave the order alone.
-    templates.env.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    templates = make_templates()
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
@@ -88,22 +95,23 @@ def page_router(get_status: Callable[[], RunStatus]) -> APIRouter:
                 "shown_rounds": SHOWN_ROUNDS,
                 "assets": names,
                 "chart": chart,
+                "invitation": get_invitation(request) if get_invitation is not None else None,
             },
             headers={
                 "Content-Security-Policy": CONTENT_SECURITY_POLICY,
                 "X-Content-Type-Options": "nosniff",
                 "Referrer-Policy": "no-referrer",
-                "Cache-Control": "no-store",
+                **NO_KEEPING,
             },
         )
 
     @router.get("/chart-data")
     def chart_data() -> Response:
-        return JSONResponse(_columns(_thinned(get_status().rounds)), headers={"Cache-Control": "no-store"})
+        return JSONResponse(_columns(_thinned(get_status().rounds)), headers=NO_KEEPING)
 
     @router.get("/heldout-data")
     def heldout_data() -> Response:
-        return JSONResponse(_heldout_columns(get_status().heldout), headers={"Cache-Control": "no-store"})
+        return JSONResponse(_heldout_columns(get_status().heldout), headers=NO_KEEPING)
 
     @router.get("/static/{file}")
     def static(file: str, request: Request) -> Response:
@@ -123,24 +131,45 @@ def page_router(get_status: Callable[[], RunStatus]) -> APIRouter:
     return router
 
 
-def _load_assets() -> tuple[dict[str, str], dict[str, _Asset]]:
-    """What `/static` serves: its names by the template's keys, and the files by these names."""
+def make_templates() -> Jinja2Templates:
+    """The templates, with what writes numbers and times in them."""
+    templates = Jinja2Templates(_HERE / "templates")
+    templates.env.filters.update(
+        number=_number,
+        percent=_percent,
+        duration=_duration,
+        ago=_ago,
+        many=_many,
+        sentence=_sentence,
+        heldout_sentence=_heldout_sentence,
+        state=_state,
+    )
+    # Bokeh's documents refer back to models earlier in them, so `tojson` must leave the order alone.
+    templates.env.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    return templates
+
+
+@functools.cache  # compressing the scripts takes its time
+def load_assets() -> tuple[dict[str, str], dict[str, Asset]]:
+    """What `/static` serves: its names by the templates' keys, and the files by these names."""
     names: dict[str, str] = {}
-    assets: dict[str, _Asset] = {}
+    assets: dict[str, Asset] = {}
 
     def add(key: str, name: str, content: bytes, media_type: str) -> None:
         names[key] = name
-        assets[name] = _Asset(content, gzip.compress(content, mtime=0), media_type)
+        assets[name] = Asset(content, gzip.compress(content, mtime=0), media_type)
 
     bokeh_script = Path(bokehjs_path()) / "js" / "bokeh.min.js"
     add("bokeh", f"bokeh-{bokeh.__version__}.min.js", bokeh_script.read_bytes(), "text/javascript")
-    for key, suffix, media_type in [
-        ("script", "js", "text/javascript"),
-        ("style", "css", "text/css"),
-        ("icon", "svg", "image/svg+xml"),
+    for key, file, media_type in [
+        ("script", "page.js", "text/javascript"),
+        ("live", "live.js", "text/javascript"),
+        ("style", "page.css", "text/css"),
+        ("icon", "page.svg", "image/svg+xml"),
     ]:
-        content = (_HERE / "static" / f"page.{suffix}").read_bytes()
-        add(key, f"page-{hashlib.sha256(content).hexdigest()[:12]}.{suffix}", content, media_type)
+        content = (_HERE / "static" / file).read_bytes()
+        stem, _, suffix = file.partition(".")
+        add(key, f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}.{suffix}", content, media_type)
     return names, assets
 
 
@@ -235,8 +264,10 @@ def _thinned(rounds: list[RoundStatus]) -> list[RoundStatus]:
 
 
 def _columns(rounds: list[RoundStatus]) -> dict[str, list[Any]]:
-    # A loss that is not a number cannot be drawn, nor be written as JSON.
-    drawn = [r for r in rounds if math.isfinite(r.loss) and math.isfinite(r.mlm_loss) and math.isfinite(r.sop_loss)]
+    # A loss that nobody reported cannot be drawn; one that is not a number cannot be written as JSON either.
+    drawn = [
+        r for r in rounds if all(loss is not None and math.isfinite(loss) for loss in (r.loss, r.mlm_loss, r.sop_loss))
+    ]
     return {
         "round": [r.round for r in drawn],
         "loss": [r.loss for r in drawn],

@@ -301,6 +301,7 @@ class Coordinator:
     def _collect(self) -> None:
         pending: set[str] = set()  # peers whose newest report is not in the ledger yet
         known: dict[str, float] = {}  # when each peer's newest report was made
+        results: dict[int, str] = {}  # that are in the ledger, by round: the lineage after it
         while not self._stop.wait(_COLLECT_SECONDS):
             try:
                 reports = self._node.reports()
@@ -318,6 +319,14 @@ class Coordinator:
                 # the state says round 0, which is no reason to forget what this replica has
                 newest = max(self._engine.round, *(report.round for report, _ in present.values()))
                 self._enter(partial(self._ledger.forget_rounds_after, newest))
+            for number, lineage in dict(self._engine.lineages).items():
+                shares = self._engine.shares.get(number)
+                if (
+                    shares is not None
+                    and results.get(number) != lineage
+                    and self._enter(partial(self._ledger.add_result, number, lineage, shares))
+                ):
+                    results[number] = lineage
             for peer_id in sorted(pending & reports.keys()):
                 if not self._enter(partial(self._add_report, peer_id, reports[peer_id])):
                     break
@@ -325,6 +334,7 @@ class Coordinator:
             for peer_id, number in [each for each in self._handed_in if each[1] <= self._engine.round]:
                 if self._enter(partial(self._ledger.add_rounds, peer_id, [self._handed_in[peer_id, number]])):
                     del self._handed_in[peer_id, number]
+            self._enter(self._ledger.stand_in)
             self._say_who_is_here({peer: members[peer] for peer in present})
 
     def _present(self) -> dict[str, tuple[Report, float]]:

@@ -21,13 +21,16 @@ class VolunteerStatus(BaseModel):
 
 
 class RoundStatus(BaseModel):
-    """One finished round, added up from the volunteers' reports."""
+    """One finished round, added up from the volunteers' reports; where one did not come, its samples are those that
+    the round's result has of it."""
 
     round: int = Field(description="The round's number, starting at 1.")
     samples: int
-    loss: float = Field(description="mlm_loss + sop_loss, the mean over the round's samples.")
-    mlm_loss: float = Field(description="Loss of guessing the masked tokens, nats per token.")
-    sop_loss: float = Field(description="Loss of guessing the sentence order, nats per pair.")
+    loss: float | None = Field(
+        description="mlm_loss + sop_loss, the mean over the samples that were reported; None where none were."
+    )
+    mlm_loss: float | None = Field(description="Loss of guessing the masked tokens, nats per token.")
+    sop_loss: float | None = Field(description="Loss of guessing the sentence order, nats per pair.")
     volunteers: int
     finished: float = Field(description="When the first report of it arrived, seconds since 1970.")
     failed: bool = Field(description="True where no group could finish it at first, and it was tried again.")

@@ -132,6 +132,7 @@ class RoundsEngine:
         self._given = 0  # samples that leavers handed in, among those that wait
         self._lost = 0  # this peer's own samples that were dropped, since a round ended
         self.lineages: dict[int, str] = {}  # after each of the last rounds
+        self.shares: dict[int, dict[str, float]] = {}  # samples that each peer put into the last results, by round
         self._results: deque[RoundResult] = deque()
         self._headers: dict[int, UpdateHeader] = {}
         self._catching_up: FetchUpdates | None = None
@@ -557,6 +558,7 @@ class RoundsEngine:
             self._remember(round_number, header.group)
             self._rounds.sketch = self._sketch()
         self._averager.tell("set_replica", round_number, lineage, True)
+        self.shares[round_number] = header.samples
         peers = sum(samples > 0 for samples in header.samples.values())
         self._end_round(round_number, lineage, own or 0, peers)
         self._joined.clear()
@@ -576,6 +578,7 @@ class RoundsEngine:
         self.lineages[round_number] = lineage
         for old in sorted(self.lineages)[:-_LINEAGES_KEPT]:
             del self.lineages[old]
+            self.shares.pop(old, None)
 
     def _drop_stale(self) -> None:
         """Gradients of weights that are too old would harm."""
