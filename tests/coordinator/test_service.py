@@ -102,7 +102,7 @@ def test_an_order_that_is_not_the_organizer_s_is_told_and_not_given_to_the_swarm
     for _ in range(3):
         coordinator._take_up_order()
     assert coordinator._engine.orders == []
-    assert [line for line in coordinator.said if "not signed by the run's key" in line] == coordinator.said
+    assert [line for line in coordinator.said if "not signed by this run's key" in line] == coordinator.said
     assert len(coordinator.said) == 1
 
 
@@ -248,6 +248,7 @@ def report(*rounds: RoundReport, **changes: Any) -> Report:
         "samples_per_second": 2.0,
         "device": "CPU",
         "version": "1",
+        "certificate": "{}",
         "rounds": list(rounds),
         "failed": [],
     }

@@ -191,6 +191,7 @@ def test_a_run_tells_what_its_ledger_knows_up_to_the_model(run_path: Path, tmp_p
     for peer, name in (("a", "Asha"), ("b", "Asha"), ("c", "Rafiq"), ("d", "Mitu")):
         ledger.add_member(
             Membership(
+                serial="0" * 16,
                 run=run.spec.fingerprint,
                 username=name,
                 peer_id=peer,
@@ -293,6 +294,7 @@ def test_samples_of_unknown_loss_are_in_the_card_and_not_in_its_curve(
     ledger = Ledger(run.ledger)
     ledger.add_member(
         Membership(
+            serial="0" * 16,
             run=run.spec.fingerprint,
             username="Rafiq",
             peer_id="b",

@@ -43,6 +43,7 @@ def run(run_path: Path) -> Path:
     ledger = Ledger(run.ledger)
     ledger.add_member(
         Membership(
+            serial="0" * 16,
             run=run.spec.fingerprint,
             username="Asha",
             peer_id="a",
