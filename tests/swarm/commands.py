@@ -2,19 +2,32 @@
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
 import psutil
 
+from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.status import RunStatus
+from kantha.spec import (
+    DataSpec,
+    FileSource,
+    ModelSpec,
+    OptimizerSpec,
+    RunSpec,
+    ScheduleSpec,
+    SwarmSpec,
+    TokenizerSpec,
+)
 
 LEAVE_SECONDS = 60.0
+_WORDS = ["আমি", "তুমি", "নদী", "পাখি", "গান", "ফুল", "আকাশ", "বাতাস", "বই", "গ্রাম", "মানুষ", "জল", "আলো", "মেঘ"]
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
@@ -29,7 +42,7 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
 class Command:
     """One running `kantha` command; its output goes to a file."""
 
-    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+    def __init__(self, folder: Path, name: str, *arguments: str, env: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         with self.log.open("ab") as output:
@@ -38,7 +51,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "KANTHA_HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "KANTHA_HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1", **(env or {})},
                 start_new_session=True,
             )
 
@@ -87,11 +100,13 @@ class Run:
         wait_for(answers, 60, f"the coordinator answers ({command.output()[offset:]})")
         return command
 
-    def join(self, name: str, *options: str) -> Command:
-        return self.start(name, "join", self.url, "--name", name, "--threads", "1", "--micro-batch", "4", *options)
+    def join(self, name: str, *options: str, label: str = "", env: Mapping[str, str] | None = None) -> Command:
+        """:param label: of the command, where one person has several"""
+        arguments = ["join", self.url, "--name", name, "--threads", "1", "--micro-batch", "4", *options]
+        return self.start(label or name, *arguments, env=env)
 
-    def start(self, name: str, *arguments: str) -> Command:
-        command = Command(self.folder, name, *arguments)
+    def start(self, name: str, *arguments: str, env: Mapping[str, str] | None = None) -> Command:
+        command = Command(self.folder, name, *arguments, env=env)
         self.commands.append(command)
         return command
 
@@ -138,3 +153,25 @@ def served(folder: Path, run_dir: Path) -> Iterator[Run]:
         yield run
     finally:
         run.end()
+
+
+def small_run(folder: Path) -> Path:
+    """A run on made-up Bengali sentences; rounds of seconds: reports carry the last 32, for who looks away."""
+    rng = random.Random(7)
+    sentences = [[" ".join(rng.choices(_WORDS, k=6)) + "।" for _ in range(4)] for _ in range(400)]
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(" ".join(document) for document in sentences), encoding="utf-8")
+    spec = RunSpec(
+        name="test run",
+        model=ModelSpec(
+            embedding_size=16, hidden_size=32, intermediate_size=64, layers=2, attention_heads=2, max_positions=32
+        ),
+        tokenizer=TokenizerSpec(vocab_size=200),
+        data=DataSpec(sources=(FileSource(kind="file", path=str(corpus)),), sequence_length=32, heldout_share=0.05),
+        optimizer=OptimizerSpec(learning_rate=1e-2),
+        schedule=ScheduleSpec(warmup_samples=32),
+        swarm=SwarmSpec(target_batch_size=3_000, matchmaking_seconds=1.5, averaging_timeout=20.0, checkpoint_rounds=2),
+    )
+    run_dir = folder / "run"
+    RunDirectory.create(run_dir, spec, lambda _: None)
+    return run_dir

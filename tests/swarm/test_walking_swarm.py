@@ -1,45 +1,23 @@
 """The whole, with real processes: `kantha serve` and `kantha join`, killed and restarted."""
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import Run, served, wait_for
+from commands import Run, served, small_run, wait_for
 
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
-from kantha.spec import DataSpec, FileSource, ModelSpec, OptimizerSpec, RunSpec, ScheduleSpec, SwarmSpec, TokenizerSpec
 from kantha.training import Replica
 from kantha.training.checkpoint import list_checkpoints, read_manifest
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(600)]
 
-_WORDS = ["আমি", "তুমি", "নদী", "পাখি", "গান", "ফুল", "আকাশ", "বাতাস", "বই", "গ্রাম", "মানুষ", "জল", "আলো", "মেঘ"]
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    """A small run on made-up Bengali sentences; rounds of seconds: reports carry the last 32, for who looks away."""
-    rng = random.Random(7)
-    sentences = [[" ".join(rng.choices(_WORDS, k=6)) + "।" for _ in range(4)] for _ in range(400)]
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(" ".join(document) for document in sentences), encoding="utf-8")
-    spec = RunSpec(
-        name="test run",
-        model=ModelSpec(
-            embedding_size=16, hidden_size=32, intermediate_size=64, layers=2, attention_heads=2, max_positions=32
-        ),
-        tokenizer=TokenizerSpec(vocab_size=200),
-        data=DataSpec(sources=(FileSource(kind="file", path=str(corpus)),), sequence_length=32, heldout_share=0.05),
-        optimizer=OptimizerSpec(learning_rate=1e-2),
-        schedule=ScheduleSpec(warmup_samples=32),
-        swarm=SwarmSpec(target_batch_size=3_000, matchmaking_seconds=1.5, averaging_timeout=20.0, checkpoint_rounds=2),
-    )
-    run_dir = tmp_path / "run"
-    RunDirectory.create(run_dir, spec, lambda _: None)
-    with served(tmp_path, run_dir) as served_run:
-        yield served_run
+    with served(tmp_path, small_run(tmp_path)) as run:
+        yield run
 
 
 def test_a_swarm_survives_the_death_of_a_volunteer_and_of_its_coordinator(run: Run) -> None:
