@@ -43,7 +43,7 @@ def trains(command: Command, seconds: float, story: str = "") -> None:
 
 def members(run: Run, *arguments: str) -> str:
     """`kantha members`."""
-    command = run.start(f"organizer-{len(run.commands)}", "members", arguments[0], str(run.run_dir), *arguments[1:])
+    command = run.start(f"organizer-{len(run.commands)}", "members", str(run.run_dir), *arguments)
     assert ended(command, 60) == 0, command.output()
     return command.output()
 
@@ -175,7 +175,6 @@ def knock(volunteer: Command, run: Run, folder: Path) -> dict[str, dict[str, str
         capture_output=True,
         timeout=180,
         check=True,
-        env=os.environ,
     )
     heard: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
     return heard

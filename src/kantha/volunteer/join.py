@@ -128,7 +128,7 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
                 )
             ) as engine,
         ):
-            renewal.start(node.set_certificate, node.take_notice)
+            renewal.start(node.set_certificate, lambda notice: _hear(notice, node, folder))
             signals.install()
             device = choose_device()
             session = Session(describe_device(device), engine, peak_flops(device))
@@ -246,6 +246,11 @@ def _token(
         return None
     client.check_token_may_travel()
     return read_only_token
+
+
+def _hear(notice: str, node: Node, folder: PeerFolder) -> None:
+    node.take_notice(notice)
+    folder.save_notice(node.notice())  # now: a program that is killed saves nothing
 
 
 @contextmanager
