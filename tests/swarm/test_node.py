@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from kantha.swarm.guard import Guard
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.membership import RunKey, Trust
-from kantha.swarm.node import Node
+from kantha.swarm.node import Node, _Discreet
 
 pytestmark = pytest.mark.swarm
 
@@ -52,3 +53,20 @@ def test_an_answer_is_not_collected_as_garbage(node: Node, monkeypatch: pytest.M
     for _ in range(2):
         run_coroutine(_collect_garbage)
         assert any(node.peer_id in address for address in node.addresses())
+
+
+def test_where_people_are_is_not_in_the_log() -> None:
+    formatter = _Discreet("%(message)s")
+    for said, written in [
+        (
+            "[/ip4/203.0.113.7/tcp/4001] dial tcp4 203.0.113.7:4001: refused",
+            "[/ip4/(address)/tcp/4001] dial tcp4 (address):4001: refused",
+        ),
+        ("/ip6/2001:db8::7/tcp/4001 dial [2001:db8::7]:4001", "/ip6/(address)/tcp/4001 dial [(address)]:4001"),
+        (
+            "dial tcp4 127.0.0.1:4001, torch 2.13.0, round 412, 12:30:45",
+            "dial tcp4 127.0.0.1:4001, torch 2.13.0, round 412, 12:30:45",
+        ),
+    ]:
+        record = logging.LogRecord("hivemind", logging.WARNING, "", 0, said, None, None)
+        assert formatter.format(record) == written

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
@@ -37,6 +38,11 @@ _UNREACHABLE = (
     "check that the coordinator runs and that this network lets TCP connections out"
 )
 _CALL_TIMEOUT = 20.0  # seconds for one look-up or store in the DHT
+_ADDRESS = re.compile(
+    r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])"  # IPv4
+    r"|(?<=/ip6/)[0-9a-fA-F:.]+|(?<=\[)[0-9a-fA-F]*:[0-9a-fA-F:.]+(?=\])"  # IPv6, in a multiaddr or with a port
+)
+_OWN_ADDRESSES = ("127.0.0.1", "0.0.0.0", "::1", "::")
 _log = logging.getLogger(__name__)
 
 
@@ -288,6 +294,15 @@ async def _greet(_dht: DHT, node: DHTNode, peers: Sequence[PeerID]) -> None:
     await asyncio.gather(*(node.protocol.call_ping(peer) for peer in peers))
 
 
+class _Discreet(logging.Formatter):
+    """libp2p tells which addresses it could not reach; where people are is not for a file that may be shown around."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _ADDRESS.sub(
+            lambda found: found[0] if found[0] in _OWN_ADDRESSES else "(address)", super().format(record)
+        )
+
+
 def _in_one_line(record: logging.LogRecord) -> bool:
     """hivemind writes a traceback for every message of a peer that it cannot read; a peer may send many."""
     if record.name == "hivemind.p2p.p2p_daemon" and record.exc_info:
@@ -299,7 +314,7 @@ def log_to_file(path: Path) -> None:
     """Send hivemind's log, and our own, to a file instead of the terminal. Call it before a `Node` is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Discreet("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_in_one_line)
     use_hivemind_log_handler("nowhere")
     for name in ("hivemind", "kantha", "asyncio"):  # asyncio: hivemind's loops complain of tasks they leave behind
