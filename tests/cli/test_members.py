@@ -62,9 +62,9 @@ def test_a_running_coordinator_sees_a_decision_at_once(kantha: Kantha, run_path:
     kantha("members", run_path, "suspend", "asha", "--reason", "on holiday")
     kantha("members", run_path, "ban", "mitu", "--reason", "spam")
     assert [allowlist.standing(name).state for name in ("rahim", "asha", "mitu")] == ["refused", "suspended", "banned"]
-    assert {each.by for each in allowlist.log() if each.action != "ask"} == {"organizer"}
+    assert {each.by for each in allowlist.log() if each.action != "ask"} == {"the organizer"}
     out = kantha("members", run_path, "log")[1]
-    assert "organizer  ban  mitu: spam" in out
+    assert "the organizer  ban  mitu: spam" in out
     assert last(out) == "8 decisions shown"
 
 

@@ -222,17 +222,48 @@ def test_sign_in_asks_for_the_identity_only_and_keeps_no_token(browse: Any, hub:
     assert "max-age=1209600" in cookie
     assert "secure" not in cookie  # this address is http
     session = _session_of(browser)
-    assert session["person"] == {
-        "provider": "huggingface",
-        "subject": hub.people["asha"].subject,
-        "username": "asha",
-    }
-    assert session.keys() == {"person", "form"}
+    assert session.keys() == {"subject", "form"}
+    assert session["subject"] == hub.people["asha"].subject
     assert served.allowlist.standing("asha").state == State.NEW
 
 
 def _session_of(browser: Browser) -> Any:
     return json.loads(base64.b64decode(browser.client.cookies["kantha"].split(".")[0]))
+
+
+def test_a_session_is_an_account_s_whoever_has_its_name_now(
+    moderator: Browser, browse: Any, hub: Accounts, served: Served, knock: Any
+) -> None:
+    """mitu takes another name, and a stranger takes hers: her session of before is still hers, and is not his."""
+    served.allowlist.decide(["mitu"], "approve", "the organizer")
+    account = hub.people["mitali"] = hub.people.pop("mitu")
+    account.name = "mitali"
+    browse("mitali")
+    hub.add("mitu").subject = "number-of-the-stranger"
+    stranger = browse("mitu")
+    served.allowlist.decide(["mitu"], "ban", "mitali", "took a name")
+
+    code = knock().code
+    assert 'href="me">mitu <span aria-hidden="true">⛔</span> banned</a>' in stranger.get("/").text
+    for path in ("/me", f"/pair?code={code}"):
+        assert "A moderator banned you" in stranger.get(path).text
+    assert stranger.get("/desk").status_code == 403
+
+    assert 'href="me">mitali <span aria-hidden="true">✅</span> approved</a>' in moderator.get("/").text
+    for path in ("/me", "/desk"):
+        assert "mitali" in moderator.get(path).text
+    assert moderator.post("/desk", name="asha", action="approve").status_code == 303
+    assert served.allowlist.log()[0].by == "mitali"
+    assert moderator.post("/pair", code=code, answer="yes").status_code == 303
+    assert knock().certificate.membership.username == "mitali"
+
+
+def test_the_session_of_an_account_that_is_not_known_is_nobody_s(browse: Any, served: Served, tmp_path: Path) -> None:
+    asha = browse("asha")
+    served.begin_anew(tmp_path / "another.sqlite")
+    assert "Sign in</a>" in asha.get("/").text
+    for path in ("/me", "/desk"):
+        assert asha.get(path).headers["location"] == f"{ADDRESS}/sign-in?to={path[1:]}"
 
 
 def test_over_https_the_session_is_for_this_host_and_tls_alone(
@@ -538,7 +569,7 @@ def test_a_machine_is_confirmed_by_its_owner_who_thereby_asks(browse: Any, serve
     assert isinstance(knock(), Admitted)
     page = text_of(asha.get("/me"))
     assert "✅ You are in" in page
-    assert "Kaggle: notebook 7, for 0 s" in page
+    assert "notebook 7, for 0 s" in page
 
 
 def test_a_code_may_be_typed_in_any_way(browse: Any, knock: Any) -> None:
@@ -650,7 +681,7 @@ def test_the_run_page_says_who_is_signed_in(browse: Any, served: Served) -> None
     asha = browse("asha")
     asha.post("/me")
     page = asha.get("/").text
-    assert 'href="me">asha <span aria-hidden="true">⏳</span>' in page
+    assert 'href="me">asha <span aria-hidden="true">⏳</span> asked</a>' in page
     assert "Sign in</a>" not in page
 
 
@@ -660,7 +691,7 @@ def test_a_full_disk_is_said(browse: Any, served: Served, monkeypatch: pytest.Mo
     def refuse(*_: object) -> None:
         raise StorageError("ledger.sqlite: cannot be used; make room on that disk")
 
-    monkeypatch.setattr(served.allowlist, "standing", refuse)
+    monkeypatch.setattr(served.allowlist, "account", refuse)
     answer = asha.get("/me")
     assert answer.status_code == 503
     assert "make room" in answer.text

@@ -13,7 +13,15 @@ import pytest
 from kantha.coordinator import app as app_module
 from kantha.coordinator import serve as module
 from kantha.coordinator.rundir import RunDirectory
-from kantha.errors import KanthaError, PortTakenError, ProcessEndedError, StorageError, SwarmError, UnreachableError
+from kantha.errors import (
+    KanthaError,
+    PortTakenError,
+    ProcessEndedError,
+    RunDirectoryError,
+    StorageError,
+    SwarmError,
+    UnreachableError,
+)
 
 
 class FakeCoordinator:
@@ -203,6 +211,36 @@ def test_a_link_that_people_cannot_use_is_refused(
     with pytest.raises(UnreachableError, match=reason) as caught:
         serve(run_path, host, sign_in=sign_in, address=address)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["oauth.json", "session.key"])
+def test_a_secret_that_cannot_be_used_is_told_before_anything_is_forked(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(module, "Coordinator", lambda *_: pytest.fail("it has begun"))
+    (run_path / "keys" / name).write_text("{")
+    (run_path / "keys" / name).chmod(0o600)
+    with pytest.raises(RunDirectoryError, match=name):
+        serve(run_path, sign_in="huggingface")
+
+
+@pytest.mark.parametrize(
+    ("sign_in", "client", "is_said"), [("local", "", False), ("huggingface", "", True), ("huggingface", "a", False)]
+)
+def test_a_run_without_a_client_says_that_browsers_cannot_sign_in(
+    coordinator: type[FakeCoordinator],
+    run_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sign_in: str,
+    client: str,
+    is_said: bool,
+) -> None:
+    left_at_once(coordinator, monkeypatch)
+    if client:
+        monkeypatch.setenv("KANTHA_OAUTH_CLIENT_ID", client)
+        monkeypatch.setenv("KANTHA_OAUTH_CLIENT_SECRET", "canary")
+    said = serve(run_path, sign_in=sign_in)
+    assert any("oauth.json" in line and "--token" in line for line in said) == is_said
 
 
 @pytest.mark.parametrize(("sign_in", "status"), [("huggingface", 422), ("local", 403)])

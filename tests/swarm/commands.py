@@ -86,8 +86,8 @@ class Run:
         self.commands: list[Command] = []
         self.url = ""
 
-    def serve(self, port: int = 0) -> Command:
-        command = self.start("coordinator", "serve", str(self.run_dir), "--port", str(port))
+    def serve(self, port: int = 0, *options: str) -> Command:
+        command = self.start("coordinator", "serve", str(self.run_dir), "--port", str(port), *options)
         offset = len(command.output())
 
         def answers() -> bool:

@@ -1,24 +1,31 @@
-"""Sign-in, pairing and moderation with real Chromium, at a real coordinator process and a local hub."""
+"""Sign-in, pairing and moderation with real Chromium, real `kantha` processes and a local hub."""
 
+import contextlib
 import json
 import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qs
 
-import httpx
 import pytest
 from chromium import CHROMIUM, CHROMIUM_ARGUMENTS, MARKS
-from commands import Command, wait_for
+from commands import Command, Run, served, small_run, wait_for
 from hub_accounts import CLIENT_ID, CLIENT_SECRET, Accounts, serving
 
-from kantha.api import RunDescription
-from kantha.swarm.identity import PeerIdentity
-from kantha.swarm.membership import MembershipRequest
+from kantha.errors import MembershipError
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
 PATIENCE = 30_000  # milliseconds
 START_SECONDS = 90.0
+OUT_SECONDS = 120.0  # from a moderator's word to the end of that person's machine, as docs/security-model.md promises
 sync_api.expect.set_options(timeout=PATIENCE)
 
 pytestmark = MARKS
@@ -33,27 +40,22 @@ def hub() -> Iterator[Accounts]:
 
 
 @pytest.fixture
-def coordinator(run_path: Path, tmp_path: Path, hub: Accounts, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a coordinator process that people sign in to by the hub; mitu is its moderator."""
-    client = run_path / "keys" / "oauth.json"
+def run(tmp_path: Path, hub: Accounts, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Served, for people who sign in by the hub; mitu is its moderator."""
+    run_dir = small_run(tmp_path)
+    client = run_dir / "keys" / "oauth.json"
     client.touch(mode=0o600)
     client.write_text(json.dumps({"client_id": CLIENT_ID, "client_secret": CLIENT_SECRET}))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    moderators = Command(tmp_path, "members", "members", str(run_path), "moderator", "mitu")
-    moderators.process.wait(START_SECONDS)
-    assert moderators.process.returncode == 0, moderators.output()
-    serve = Command(tmp_path, "serve", "serve", str(run_path), "--port", "0", "--sign-in", "huggingface")
-    try:
-        wait_for(lambda: "to join:" in serve.output() or serve.process.poll() is not None, START_SECONDS, "it serves")
-        assert serve.process.poll() is None, serve.output()
-        address = serve.output().split("the run's page: ")[1].split()[0]
-        hub.redirect_uris.add(f"{address}/sign-in/callback")
-        yield address
-        for secret in (CLIENT_SECRET, "hf_oauth_canary"):
-            assert secret not in serve.output()
-    finally:
-        serve.process.terminate()
-        serve.process.wait(START_SECONDS)
+    with served(tmp_path, run_dir) as run:
+        run.serve(0, "--sign-in", "huggingface")
+        hub.redirect_uris.add(f"{run.url}/sign-in/callback")
+        moderator = run.start("members", "members", str(run_dir), "moderator", "mitu")
+        assert moderator.process.wait(START_SECONDS) == 0, moderator.output()
+        yield run
+        for command in run.commands:
+            for secret in (CLIENT_SECRET, "hf_oauth_canary"):
+                assert secret not in command.output()
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +73,18 @@ class Person:
         self.name = name
         self.errors: list[str] = []
         self.hosts: set[str] = set()
+        self.sent: list[tuple[str, set[str]]] = []  # forms: where to, and the names of their fields
         context = browser.new_context(**options)
-        context.on("request", lambda request: self.hosts.add("/".join(request.url.split("/")[:3])))
+        context.on("request", self._note)
         self.page = context.new_page()
         # a violated Content-Security-Policy is an error in the console, too
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _note(self, request: "sync_api.Request") -> None:
+        self.hosts.add("/".join(request.url.split("/")[:3]))
+        if request.method == "POST":
+            self.sent.append((request.url, set(parse_qs(request.post_data or ""))))
 
     def allow(self) -> None:
         """On the hub's page, which is open."""
@@ -84,21 +92,34 @@ class Person:
         self.page.get_by_role("button", name="Authorize").click()
 
 
-class Machine:
-    """One that would like to help: it asks as `kantha join` does, and can be asked what it was answered."""
+class Terminal(Command):
+    """A `kantha` command in a terminal of its own, where nobody types; what it shows goes to a file, with escapes."""
 
-    def __init__(self, folder: Path, address: str, **fields: object) -> None:
-        self.address, self.fields = address, fields
-        self.identity = PeerIdentity(folder / "peer.key")
-        self.run = RunDescription.model_validate_json(httpx.get(f"{address}/api/v1/run").content)
-
-    def ask(self) -> httpx.Response:
-        request = MembershipRequest.signed(self.identity, self.run.fingerprint, **self.fields)
-        return httpx.post(
-            f"{self.address}/api/v1/memberships",
-            content=request.model_dump_json(),
-            headers={"Content-Type": "application/json"},
+    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+        self.name = name
+        self.log = folder / f"{name}.log"
+        self.log.touch()
+        self._screen, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (50, 100))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kantha", *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "KANTHA_HOME": str(folder / "home"), "TERM": "xterm-256color"},
+            start_new_session=True,
         )
+        os.close(theirs)
+        threading.Thread(target=self._record, daemon=True).start()
+
+    def _record(self) -> None:
+        with self.log.open("wb", buffering=0) as log, contextlib.suppress(OSError):  # all who had it have ended
+            while shown := os.read(self._screen, 65_536):
+                log.write(shown)
+        os.close(self._screen)
+
+    def output(self) -> str:
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", super().output())
 
 
 def picture(person: Person, name: str) -> None:
@@ -113,34 +134,54 @@ def picture(person: Person, name: str) -> None:
             person.page.screenshot(path=Path(folder) / f"{name}-{width}-{scheme}.png", full_page=True)
 
 
-def test_from_a_strange_machine_to_a_member(
-    browser: "sync_api.Browser", coordinator: str, hub: Accounts, tmp_path: Path
+@pytest.mark.slow
+@pytest.mark.swarm
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", [Terminal, Command], ids=["in a terminal", "without one"])
+def test_from_a_clean_terminal_to_a_member_and_out_again(
+    browser: "sync_api.Browser", run: Run, hub: Accounts, tmp_path: Path, kind: type[Command]
 ) -> None:
-    machine = Machine(tmp_path, coordinator, service="kaggle", instance="notebook 7")
-    waiting = machine.ask().json()
-    assert waiting["state"] == "sign_in"
+    link = run.commands[0].output().split("kantha join ")[1].split()[0]
+    assert link.startswith(f"{run.url}#")
+    machine = kind(tmp_path, "machine", "join", link, "--threads", "1", "--micro-batch", "4")
+    run.commands.append(machine)
 
+    def shows(what: str, seconds: float = START_SECONDS) -> None:
+        wait_for(lambda: what in machine.output(), seconds, f"the machine says {what!r}\n{run.story()}")
+        assert machine.process.poll() is None, run.story()
+
+    shows("    link   ")
+    shows("Ctrl-C leaves.")
+    code = machine.output().split("    code   ")[1].split()[0]
+    link_to_confirm = machine.output().split("    link   ")[1].split()[0]
+    drawn = [line for line in machine.output().splitlines() if "█" in line or "▄" in line]
+    assert (len(drawn) > 10) == (kind is Terminal), "the QR code is for who sees it"
+
+    # which machine it is, only those learn who say who they are
     asha = Person(browser, "asha")
-    asha.page.goto(f"{coordinator}/{waiting['path']}")
-    sync_api.expect(asha.page.get_by_text(waiting["code"])).to_be_visible()
-    assert asha.page.get_by_text("notebook 7").count() == 0
+    asha.page.goto(link_to_confirm)
+    sync_api.expect(asha.page.get_by_text(code)).to_be_visible()
+    assert asha.page.get_by_text("own machine").count() == 0
     picture(asha, "pair-signed-out")
     asha.page.get_by_role("link", name="Sign in with Hugging Face").click()
     asha.allow()
     sync_api.expect(asha.page.get_by_role("heading", name="Is this your machine?")).to_be_visible()
-    assert asha.page.url == f"{coordinator}/{waiting['path']}"
-    sync_api.expect(asha.page.get_by_text("notebook 7")).to_be_visible()
+    assert asha.page.url == link_to_confirm
+    sync_api.expect(asha.page.get_by_text(code)).to_be_visible()
+    sync_api.expect(asha.page.get_by_text("own machine, ")).to_be_visible()
     picture(asha, "pair")
     asha.page.get_by_role("button", name="Yes, this is my machine").click()
+
+    # ⏳ in both
     standing = asha.page.get_by_role("status")
-    sync_api.expect(standing).to_contain_text("⏳")
-    assert asha.page.url == f"{coordinator}/me"
-    picture(asha, "me-asked")
+    sync_api.expect(standing).to_contain_text("⏳ Asked.")
+    assert asha.page.url == f"{run.url}/me"
     asha.page.evaluate("window.notReloaded = true")
-    assert machine.ask().json()["state"] == "asked"
+    picture(asha, "me-asked")
+    shows("⏳ Asked.")
 
     mitu = Person(browser, "mitu")
-    mitu.page.goto(coordinator)
+    mitu.page.goto(run.url)
     mitu.page.get_by_role("link", name="Sign in").click()
     mitu.allow()
     mitu.page.get_by_role("link", name="mitu").click()
@@ -151,33 +192,59 @@ def test_from_a_strange_machine_to_a_member(
     request.get_by_role("button", name="Approve").click()
     sync_api.expect(mitu.page.get_by_text("Nobody waits for an answer.")).to_be_visible()
 
-    sync_api.expect(standing).to_contain_text("✅")
-    answer = machine.ask()
-    assert answer.status_code == 201
-    assert answer.json()["certificate"]["membership"]["username"] == "asha"
-    sync_api.expect(asha.page.get_by_text("Kaggle: notebook 7")).to_be_visible()
-    assert asha.page.evaluate("window.notReloaded")
+    # ✅ in both, and it begins by itself
+    sync_api.expect(standing).to_contain_text("✅ You are in.")
+    shows("✅ You are in.")
+    sync_api.expect(asha.page.get_by_text("own machine, ")).to_be_visible()
     picture(asha, "me")
-    asha.page.goto(coordinator)
-    sync_api.expect(asha.page.get_by_role("link", name="asha")).to_contain_text("✅")
-    picture(asha, "run")
+    onlooker = Person(browser, "nobody")
+    onlooker.page.goto(run.url)
+    samples = onlooker.page.get_by_role("row").filter(has_text="asha").get_by_role("cell").nth(1)
+    sync_api.expect(samples).to_have_text(re.compile("^[1-9]"), timeout=1_000 * START_SECONDS)
+    picture(onlooker, "run")
+
+    # a moderator takes it back: the machine ends and says why, and so does the page
+    reason = "Your notebook sends nonsense; write to us."
+    member = mitu.page.locator("#people li").filter(has_text="asha")
+    member.get_by_text("Suspend, ban…").click()
+    member.get_by_role("textbox").fill(reason)
+    picture(mitu, "desk-reason")
+    member.get_by_role("button", name="Suspend").click()
+    sync_api.expect(mitu.page.locator("#people li").filter(has_text="asha")).to_contain_text("⛔ suspended by mitu")
+    suspended = time.monotonic()
+    sync_api.expect(standing).to_contain_text(f"⛔ A moderator suspended you for now: {reason}")
+    machine.process.wait(OUT_SECONDS)
+    wait_for(lambda: reason in machine.output(), 5, f"the reason\n{run.story()}")
+    assert time.monotonic() - suspended < OUT_SECONDS
+    assert machine.process.returncode == MembershipError.exit_code
+    assert "Traceback" not in machine.output()
+    wait_for(lambda: (s := run.status()) and not s.volunteers, 60, f"nobody is at work\n{run.story()}")
+    sync_api.expect(asha.page.get_by_text("None is at work right now.")).to_be_visible()
+    assert asha.page.evaluate("window.notReloaded")
+    picture(asha, "me-suspended")
+    asha.page.goto(run.url)
+    sync_api.expect(asha.page.get_by_role("link", name="asha")).to_have_text("asha ⛔ suspended")
 
     for person in (asha, mitu):
         assert person.errors == []
-        assert person.hosts == {coordinator, hub.url}
+        assert person.hosts == {run.url, hub.url}
+    # to get in, nothing is typed into a page of ours, nor into the terminal, which has no keys
+    assert [sent for sent in asha.sent if sent[0].startswith(run.url)] == [
+        (f"{run.url}/pair", {"form", "code", "answer"})
+    ]
     assert set(hub.scopes) == {"openid profile"}
 
 
-def test_it_works_without_javascript_on_a_phone(browser: "sync_api.Browser", coordinator: str, tmp_path: Path) -> None:
+def test_it_works_without_javascript_on_a_phone(browser: "sync_api.Browser", run: Run) -> None:
     look = {"java_script_enabled": False, "viewport": {"width": 360, "height": 740}}
     asha = Person(browser, "asha", **look)
-    asha.page.goto(f"{coordinator}/me")
+    asha.page.goto(f"{run.url}/me")
     asha.allow()
     asha.page.get_by_role("button", name="Ask to join").click()
     sync_api.expect(asha.page.get_by_role("status")).to_contain_text("⏳")
 
     mitu = Person(browser, "mitu", **look)
-    mitu.page.goto(f"{coordinator}/desk")
+    mitu.page.goto(f"{run.url}/desk")
     mitu.allow()
     request = mitu.page.locator("#requests li")
     request.get_by_text("Refuse, ban…").click()
@@ -187,7 +254,7 @@ def test_it_works_without_javascript_on_a_phone(browser: "sync_api.Browser", coo
     person = mitu.page.locator("#people li").filter(has_text="asha")
     sync_api.expect(person).to_contain_text("⛔ refused by mitu")
     picture(mitu, "desk-refused")
-    asha.page.goto(f"{coordinator}/me")
+    asha.page.goto(f"{run.url}/me")
     sync_api.expect(asha.page.get_by_role("status")).to_contain_text("Please say hello in the chat first <b>.")
     picture(asha, "me-refused")
 
@@ -205,7 +272,7 @@ def test_it_works_without_javascript_on_a_phone(browser: "sync_api.Browser", coo
     for one in (asha, mitu):
         assert one.page.evaluate("document.documentElement.scrollWidth") == 360
 
-    asha.page.goto(f"{coordinator}/pair?code=ACDE-FGHJ")
+    asha.page.goto(f"{run.url}/pair?code=ACDE-FGHJ")
     sync_api.expect(asha.page.get_by_text("No machine waits with the code ACDE-FGHJ")).to_be_visible()
     picture(asha, "pair-gone")
     asha.page.get_by_role("button", name="Sign out").click()

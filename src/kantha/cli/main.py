@@ -109,14 +109,23 @@ def serve(
         int | None,
         typer.Option(min=0, max=65_535, help="TCP port of the swarm. By default the one used before, or a free one."),
     ] = None,
-    host: Annotated[str, typer.Option(help="IP address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="IP address to listen on, page and swarm; 0.0.0.0: all of this machine's.")
+    ] = "127.0.0.1",
     sign_in: Annotated[
         Literal["local", "huggingface"],
-        typer.Option(help="Who may join: people of this machine, or Hugging Face users whom moderators let in."),
+        typer.Option(
+            help="Who may join. local: anybody on this machine, under any name; huggingface: whoever signs in there, "
+            "and is let in by a moderator (docs/moderators.md)."
+        ),
     ] = "local",
     address: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="The run's public link, https://…, where a proxy here has the TLS."),
+        typer.Option(
+            metavar="URL",
+            help="The run's link, as people open it: https://…, of the proxy on this machine that has the TLS. "
+            "Default: http:// and where this listens.",
+        ),
     ] = None,
 ) -> None:
     """Serve a run: its page, its API, its place in the swarm. Ctrl-C stops it; a restart carries on."""
@@ -128,7 +137,10 @@ def serve(
 @app.command()
 def join(
     url: Annotated[
-        str, typer.Argument(help="The run's link, as its page shows it. With #KEY, only the run of that key is joined.")
+        str,
+        typer.Argument(
+            help="The run's link, as its page shows it. What follows # is the run's key; no other is believed."
+        ),
     ],
     name: Annotated[
         str,
@@ -162,7 +174,7 @@ def join(
 ) -> None:
     """Help a run with this machine, until Ctrl-C.
 
-    Where people sign in, a link and a code are shown first; open the link on any device, and it goes on by itself.
+    Where people sign in, it shows a code and a link: open the link on any device, and it goes on by itself.
     """
     from kantha.volunteer.join import JoinOptions
     from kantha.volunteer.join import join as join_run

@@ -15,20 +15,26 @@ if TYPE_CHECKING:
     from kantha.coordinator.allowlist import Action, Allowlist
     from kantha.coordinator.rundir import RunDirectory
 
-_ORGANIZER = "organizer"  # who decides on the command line
+_ORGANIZER = "the organizer"  # who decides on the command line; with a blank, which no username has
 _MOST_LIST = 1024 * 1024  # bytes of a list of names
 _console = Console(highlight=False)
 
 app = typer.Typer(
-    help="Say who may join a run: kantha members RUN_DIR COMMAND …\n\nA run that is served takes it up at once.",
+    help="Say who may join a run: kantha members RUN_DIR COMMAND …\n\nA run that is served takes it up at once. "
+    "Moderators do the same on the run's page, at the desk.",
     no_args_is_help=True,
 )
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Usernames.", show_default=False)]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="NAME", help="Usernames on Hugging Face, or names in a run without sign-in.", show_default=False
+    ),
+]
 FromFile = Annotated[
     str | None,
     typer.Option(
-        "--from", metavar="FILE", help="A list, a name a line, or a CSV with the column username; - is stdin."
+        "--from", metavar="FILE", help="A list: one name a line, or a CSV with a column `username`. - is stdin."
     ),
 ]
 Reason = Annotated[str, typer.Option(help="Why, in a sentence; that person is told.", show_default=False)]
@@ -82,13 +88,13 @@ def refuse(context: typer.Context, reason: Reason, names: Names = None, list_: F
 
 @app.command()
 def suspend(context: typer.Context, reason: Reason, names: Names = None, list_: FromFile = None) -> None:
-    """Keep people out for now: their certificates are revoked, their machines leave. `approve` takes it back."""
+    """Keep people out for a while: their machines end within two minutes. `approve` takes it back."""
     _decide(context, "suspend", names, list_, reason)
 
 
 @app.command()
 def ban(context: typer.Context, reason: Reason, names: Names = None, list_: FromFile = None) -> None:
-    """Keep people out: their certificates are revoked, their machines leave."""
+    """Keep people out for good: their machines end within two minutes. `approve` takes this back, too."""
     _decide(context, "ban", names, list_, reason)
 
 
@@ -107,7 +113,7 @@ def rule(
     organisation: Annotated[str, typer.Argument(help="An organisation on the Hugging Face hub.")],
     remove: Remove = False,
 ) -> None:
-    """Let the members of an organisation in when they sign in, unless somebody decided otherwise."""
+    """Let members of an organisation in when they sign in, unless somebody decided otherwise about them."""
     allowlist = _allowlist(_run(context))
     allowlist.set_rule(organisation, not remove, _ORGANIZER)
     _say(f"approved when they sign in: members of {', '.join(allowlist.rules()) or 'no organisation'}")
@@ -130,7 +136,7 @@ def leases(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="Only this person's.", show_default=False)] = None,
 ) -> None:
-    """Show which machines run now, or did in the last three minutes."""
+    """Show which machines are at work, or were within the last three minutes."""
     from kantha.coordinator.allowlist import Allowlist
     from kantha.coordinator.database import Database
     from kantha.coordinator.leases import instances

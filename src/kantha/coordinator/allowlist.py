@@ -82,7 +82,7 @@ class Standing:
         """What it means and what happens next, for that person."""
         what = {
             State.NEW: "You have not asked to join yet. Ask, and a moderator of the run will answer.",
-            State.ASKED: "Asked. A moderator of the run answers; a `kantha join` that waits starts by itself on ✅.",
+            State.ASKED: "Asked. A moderator of the run answers; a `kantha join` that waits starts when you are in ✅.",
             State.APPROVED: "You are in. `kantha join` with the run's link starts on any of your machines.",
             State.REFUSED: "A moderator did not let you in: {reason}",
             State.SUSPENDED: "A moderator suspended you for now: {reason}",
@@ -178,6 +178,15 @@ class Allowlist:
         with self._database.reading() as session:
             row = _find(session, username)
             return self._standing(row) if row is not None else Standing(username, State.NEW, "", 0.0, "", False)
+
+    def account(self, subject: str) -> Standing | None:
+        """Of the account that has this number with the provider, whatever its name is by now; None: it never came.
+
+        A name tells nothing of who it is for long: an account may change its own, and another take it.
+        """
+        with self._database.reading() as session:
+            row = session.scalar(select(_Person).where(_Person.subject == subject))
+            return self._standing(row) if row is not None else None
 
     def people(self, state: State | None = None, search: str = "", limit: int = 100, offset: int = 0) -> list[Standing]:
         """Those whose state changed last come first.

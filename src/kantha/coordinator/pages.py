@@ -66,7 +66,8 @@ class Invitation:
     link: str  # of the run, with its key: what `kantha join` takes
     sign_in: str  # address
     username: str = ""  # empty: signed out
-    sign: str = ""  # ⏳, ✅ …
+    sign: str = ""  # ⏳, ✅ …; empty: has not asked
+    state: str = ""  # the same in a word
 
 
 def page_router(

@@ -1,7 +1,8 @@
 """The pages about persons, in a run that people sign in to: /sign-in, /pair, /me, and the moderators' /desk.
 
-All of them work without JavaScript. A session is a signed cookie, which holds provider, subject and username; where its
-owner stands with the run is looked up each time. Every form has the session's token, and must come from these pages.
+All of them work without JavaScript. A session is a signed cookie that holds the number of an account with the provider;
+what its owner is called by now, and where that person stands with the run, is looked up each time. Every form has the
+session's token, and must come from these pages.
 """
 
 import hmac
@@ -60,8 +61,12 @@ _HEADERS = {
 class Visitor:
     """Who is signed in at a browser."""
 
-    username: str
+    standing: Standing
     token: str  # of the session: what every form of it has to send
+
+    @property
+    def username(self) -> str:
+        return self.standing.username
 
 
 class _Refusal(Exception):
@@ -76,13 +81,17 @@ class _SignInFirst(Exception):
     """Nobody is signed in, on a page that is somebody's."""
 
 
-def visitor_of(request: Request) -> Visitor | None:
-    person, token = request.session.get("person"), request.session.get("form")
-    return Visitor(person["username"], token) if person and token else None
+def _visitor_of(request: Request) -> Visitor | None:
+    """Asks the database."""
+    subject, token = request.session.get("subject"), request.session.get("form")
+    if not subject or not token:
+        return None
+    standing = request.app.state.coordinator.allowlist.account(subject)
+    return Visitor(standing, token) if standing is not None else None
 
 
 def _signed_in(request: Request) -> Visitor:
-    visitor = visitor_of(request)
+    visitor = _visitor_of(request)
     if visitor is None:
         raise _SignInFirst
     return visitor
@@ -99,7 +108,6 @@ class _Form:
 
 async def _read_form(request: Request) -> _Form:
     """A form that its owner sent from one of these pages. Raises `_Refusal` for any other."""
-    visitor = visitor_of(request)
     _check_origin(request)
     fields: dict[str, list[str]] = {}
     content = b""
@@ -109,8 +117,8 @@ async def _read_form(request: Request) -> _Form:
                 content = await value.read()
             else:
                 fields.setdefault(name, []).append(value)
-    token = fields.get("form", [""])[0]
-    if visitor is None or not hmac.compare_digest(token.encode(), visitor.token.encode()):
+    token, expected = fields.get("form", [""])[0], request.session.get("form", "")
+    if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
         raise _Refusal(
             403,
             "Please once more",
@@ -134,7 +142,7 @@ def _check_origin(request: Request) -> None:
     is_ours = site in (None, "same-origin")
     if origin is not None:
         # behind a proxy, this server may be asked for by another name than the browser knows
-        hosts = (request.headers.get("host", "").lower(), _host_of(request.app.state.address))
+        hosts = (request.headers.get("host", "").lower(), _host_of(request.app.state.coordinator.address))
         is_ours = is_ours and _host_of(origin) in hosts
     if not is_ours:
         raise _Refusal(
@@ -173,7 +181,7 @@ def add_people(app: FastAPI, coordinator: Coordinator, provider: Provider | None
         same_site="lax",  # it comes along on the way back from the provider
         https_only=is_https,
     )
-    app.state.address = coordinator.address
+    app.state.coordinator = coordinator
     pages = _Pages(coordinator, provider)
     app.include_router(pages.router(), include_in_schema=False)
     return pages.invitation
@@ -255,18 +263,12 @@ class _Pages:
         """Of the run, with its key: what `kantha join` takes."""
         return f"{self._coordinator.address}#{self._coordinator.admission.public_key}"
 
-    def _standing(self, visitor: Visitor) -> Standing:
-        standing = self._coordinator.allowlist.standing(visitor.username)
-        if not standing.since:  # the account has another name since
-            raise _SignInFirst
-        return standing
-
     def invitation(self, request: Request) -> Invitation:
-        visitor = visitor_of(request)
+        visitor = _visitor_of(request)
         if visitor is None:
             return Invitation(self._link(), self._sign_in_address(""))
-        standing = self._coordinator.allowlist.standing(visitor.username)
-        return Invitation(self._link(), self._sign_in_address(""), standing.username, standing.state.sign)
+        state = visitor.standing.state
+        return Invitation(self._link(), self._sign_in_address(""), visitor.username, state.sign, state.value)
 
     # ---- sign-in
 
@@ -296,11 +298,7 @@ class _Pages:
         person = await self._provider.finish(request)
         await run_in_threadpool(self._coordinator.allowlist.sign_in, person)
         request.session.clear()
-        request.session["person"] = {
-            "provider": person.provider,
-            "subject": person.subject,
-            "username": person.username,
-        }
+        request.session["subject"] = person.subject
         request.session["form"] = secrets.token_urlsafe(24)
         return RedirectResponse(f"{self._coordinator.address}/{to}", 303)
 
@@ -311,7 +309,7 @@ class _Pages:
     # ---- pairing
 
     def pair(self, request: Request, code: str = "") -> Response:
-        visitor, shown = visitor_of(request), _readable(code)
+        visitor, shown = _visitor_of(request), _readable(code)
         if visitor is None:
             # which machine it is, only those hear who have a name: others could try codes out unnoticed
             address = self._sign_in_address(f"pair?code={shown}" if shown else "pair")
@@ -341,19 +339,17 @@ class _Pages:
         return RedirectResponse("./me", 303)
 
     def _check_may_join(self, visitor: Visitor) -> None:
-        standing = self._standing(visitor)
-        if standing.may_not:
-            raise _Refusal(403, "You cannot join this run", standing.sentence)
+        if visitor.standing.may_not:
+            raise _Refusal(403, "You cannot join this run", visitor.standing.sentence)
 
     # ---- oneself
 
     def me(self, request: Request, visitor: Signed) -> Response:
-        standing = self._standing(visitor)
         return self._page(
             request,
             "me.html",
             visitor,
-            standing=standing,
+            standing=visitor.standing,
             instances=self._coordinator.admission.leases(visitor.username),
             now=time.time(),
             link=self._link(),

@@ -3,9 +3,13 @@
 run.json          format, fingerprint, the swarm's port; its presence makes the folder a run
 run.yaml          the frozen run spec
 tokenizer.json    trained when the run was created, or before; its digest is in the spec
-keys/run.pem      the run's Ed25519 key, signs membership certificates (owner only); run-1.pem … were it before
-keys/changes.json which key followed which, each change signed by the key before
-keys/peer.key     the coordinator's libp2p identity (owner only)
+keys/             (owner only)
+  run.pem         the run's Ed25519 key, signs membership certificates; run-1.pem … were it before `kantha rotate-key`
+  changes.json    which key followed which, each change signed by the key before
+  peer.key        the coordinator's libp2p identity
+  session.key     signs the sessions of browsers; made when it is first served with sign-in
+  oauth.json      the organizer's: under which client Hugging Face knows this run
+  notify.txt      the organizer's: which chats are told of those who ask to join
 order.json        the organizer's last order, signed by the run's key: to anneal
 ledger.sqlite     people and decisions about them, machines and leases, what each did in each round (owner only)
 checkpoints/      round-*/, newest last

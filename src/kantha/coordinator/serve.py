@@ -15,6 +15,7 @@ from kantha.coordinator.admission import SignIn
 from kantha.coordinator.app import build_app
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.service import Coordinator
+from kantha.coordinator.signin import CLIENT_FILE, provider_of, session_key
 from kantha.errors import PortTakenError, ProcessEndedError, StorageError, UnreachableError, printable
 from kantha.swarm.node import log_to_file
 from kantha.swarm.processes import start_again
@@ -72,6 +73,10 @@ def _serve(
         log_to_file(run.log)
     except OSError as error:
         raise StorageError(f"{run.log}: cannot be written ({error.strerror}); make room on that disk") from None
+    has_browsers = False
+    if sign_in == "huggingface":  # looked at before the swarm's processes are forked: a mistake there is told at once
+        has_browsers = provider_of(run.keys) is not None
+        session_key(run.keys)
     with _bind(host, port, "--port") as listener:
         with _bind(host, p2p_port or run.p2p_port or 0, "--p2p-port") as probe:
             p2p_port = probe.getsockname()[1]
@@ -106,6 +111,11 @@ def _serve(
                 say(f"to join:        kantha join {address} --name YOUR-NAME")
             else:
                 say(f"to join:        kantha join {address}#{run.key().public_key}")
+            if sign_in == "huggingface" and not has_browsers:
+                say(
+                    f"there is no {run.keys / CLIENT_FILE}, so nobody can sign in with a browser, moderators neither; "
+                    "people join with --token (docs/moderators.md)"
+                )
             server.run(sockets=[listener])
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, signal.default_int_handler)

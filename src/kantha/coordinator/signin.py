@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kantha.coordinator.allowlist import Person
 from kantha.errors import RunDirectoryError, SignInError
+from kantha.hub_tokens import TokenAuth
 
 CLIENT_ID, CLIENT_SECRET = "KANTHA_OAUTH_CLIENT_ID", "KANTHA_OAUTH_CLIENT_SECRET"
 CLIENT_FILE = "oauth.json"
@@ -33,7 +34,7 @@ _USERNAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$"  # a bound only: the provider 
 _NO_ANSWER = "Hugging Face does not answer; try again in a minute"
 _NOT_UNDERSTOOD = "Hugging Face's answer is not understood; try again, and tell the organizer if it stays so"
 _NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # what Authlib raises at such an answer
-_READ_ONLY = "make a token of the kind 'Read' at https://huggingface.co/settings/tokens and use that"
+_READ_ONLY = "make a token of the type Read at https://huggingface.co/settings/tokens and use that"
 
 
 class _Answer(BaseModel):
@@ -44,24 +45,6 @@ class _Organisation(_Answer):
     name: str = Field(max_length=100)
 
 
-class _Scoped(_Answer):
-    permissions: list[str] = []
-
-
-class _FineGrained(_Answer):
-    everywhere: list[str] = Field([], alias="global")
-    scoped: list[_Scoped] = []
-
-
-class _AccessToken(_Answer):
-    role: str
-    fine_grained: _FineGrained | None = Field(None, alias="fineGrained")
-
-
-class _Auth(_Answer):
-    access_token: _AccessToken | None = Field(None, alias="accessToken")
-
-
 class _WhoAmI(_Answer):
     """What /api/whoami-v2 says, as far as it is used here."""
 
@@ -69,7 +52,7 @@ class _WhoAmI(_Answer):
     id: str = Field(min_length=1, max_length=100)
     name: str = Field(pattern=_USERNAME)
     orgs: list[_Organisation] = Field([], max_length=2_000)
-    auth: _Auth
+    auth: TokenAuth
 
 
 class _Membership(_Answer):
@@ -99,7 +82,7 @@ def whoami(token: str, endpoint: str | None = None) -> Person:
         raise SignInError(_NOT_UNDERSTOOD) from None
     if answer.type != "user":
         raise SignInError(f"this token is an organisation's, not a person's; {_READ_ONLY}")
-    if not _may_only_read(answer.auth.access_token):
+    if not answer.auth.can_only_read:
         raise SignInError(f"this token may do more than read, which nobody should give away; {_READ_ONLY}")
     return Person(
         username=answer.name,
@@ -107,19 +90,6 @@ def whoami(token: str, endpoint: str | None = None) -> Person:
         provider="huggingface",
         organisations=tuple(organisation.name for organisation in answer.orgs),
     )
-
-
-def _may_only_read(token: _AccessToken | None) -> bool:
-    """Permissions are words like "repo.content.read" and "inference.serverless.write"; those unknown here may write."""
-    if token is None:  # made for some application, not on the page of tokens
-        return False
-    if token.role != "fineGrained" or token.fine_grained is None:
-        return token.role == "read"
-    permissions = [
-        *token.fine_grained.everywhere,
-        *(name for each in token.fine_grained.scoped for name in each.permissions),
-    ]
-    return all(name.endswith(".read") for name in permissions)
 
 
 def _ask(url: str, token: str) -> bytes:

@@ -12,9 +12,10 @@ import httpx
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from pydantic import BaseModel, Field, SecretStr, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from kantha.errors import SignInError
+from kantha.hub_tokens import TokenAuth
 from kantha.volunteer.client import is_private
 
 _TIMEOUT = 20.0  # seconds
@@ -22,29 +23,11 @@ _LONGEST = 200  # characters
 _HOW = "make one of the type Read at https://huggingface.co/settings/tokens, give it to nobody else, and use that"
 
 
-class _Scope(BaseModel):
-    permissions: list[str] = []
-
-
-class _FineGrained(BaseModel):
-    everywhere: list[str] = Field([], alias="global")
-    scoped: list[_Scope] = []
-
-
-class _AccessToken(BaseModel):
-    role: str = ""
-    fine_grained: _FineGrained | None = Field(None, alias="fineGrained")
-
-
-class _Auth(BaseModel):
-    access_token: _AccessToken | None = Field(None, alias="accessToken")
-
-
 class _WhoAmI(BaseModel):
     """What /api/whoami-v2 answers, as far as it is used here."""
 
     name: str
-    auth: _Auth
+    auth: TokenAuth
 
 
 def read_only_token() -> SecretStr:
@@ -54,7 +37,7 @@ def read_only_token() -> SecretStr:
     """
     token = _find()
     answer = _ask(token)
-    if not _can_only_read(answer.auth.access_token):
+    if not answer.auth.can_only_read:
         raise SignInError(
             "your Hugging Face token may do more than read, so it is not sent: nobody should have a token that can "
             f"write in your name; {_HOW}"
@@ -116,18 +99,3 @@ def _ask(token: SecretStr) -> _WhoAmI:
             f"{constants.ENDPOINT} did not say what your token may do (HTTP {answer.status_code}), so it is not sent; "
             "try again, or join without --token"
         ) from None
-
-
-def _can_only_read(token: _AccessToken | None) -> bool:
-    """Permissions are words like `repo.content.read` and `inference.serverless.write`; one not known here may write."""
-    if token is None:  # of an application, as `hf auth login` in a browser makes them: what it may do is not told
-        return False
-    if token.role != "fineGrained":
-        return token.role == "read"
-    if token.fine_grained is None:
-        return False
-    permissions = [
-        *token.fine_grained.everywhere,
-        *(each for scope in token.fine_grained.scoped for each in scope.permissions),
-    ]
-    return all(permission.endswith(".read") for permission in permissions)
