@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is impor
 import pytest
 import torch
 import uvicorn
+from canaries import _no_secret_is_left  # noqa: F401  a fixture of all tests
 from fastapi import FastAPI
 from peers import Start, starting
 from tokenizers import Tokenizer

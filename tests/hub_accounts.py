@@ -21,12 +21,13 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import httpx2
 import uvicorn
+from canaries import ACCESS_TOKEN, CLIENT_SECRET, CODE, TOKEN
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from joserfc import jwt
 from joserfc.jwk import RSAKey
 
-CLIENT_ID, CLIENT_SECRET = "kantha-tests", "canary-client-secret"
+CLIENT_ID = "kantha-tests"
 _KEY = RSAKey.generate_key(2048, {"kid": "1", "use": "sig", "alg": "RS256"})
 
 
@@ -70,7 +71,7 @@ class Accounts:
     people: dict[str, Account] = field(default_factory=dict)
     tokens: dict[str, Token] = field(default_factory=dict)  # what people made on their page of tokens
     alter: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
-    requests: list[str] = field(default_factory=list)  # METHOD PATH
+    requests: list[str] = field(default_factory=list)  # METHOD PATH?QUERY
     scopes: list[str] = field(default_factory=list)  # that were asked for
     access_tokens: dict[str, tuple[Account, str]] = field(default_factory=dict)  # with their scope
     grants: dict[str, _Grant] = field(default_factory=dict)  # by code
@@ -82,7 +83,7 @@ class Accounts:
         return account
 
     def add_token(self, name: str, role: str | None = "read", *permissions: str) -> str:
-        token = f"hf_canary{secrets.token_hex(14)}"
+        token = f"{TOKEN}{secrets.token_hex(14)}"
         self.tokens[token] = Token(self.people[name], role, permissions)
         return token
 
@@ -122,7 +123,8 @@ def _app(hub: Accounts) -> FastAPI:
 
     @app.middleware("http")
     async def note(request: Request, go_on: Callable[[Request], Any]) -> Response:
-        hub.requests.append(f"{request.method} {request.url.path}")
+        query = f"?{request.url.query}" if request.url.query else ""
+        hub.requests.append(f"{request.method} {request.url.path}{query}")
         return await go_on(request)
 
     @app.get("/favicon.ico")
@@ -184,7 +186,7 @@ def _app(hub: Accounts) -> FastAPI:
         form = {name: values[0] for name, values in parse_qs((await request.body()).decode()).items()}
         back = {"state": query["state"]} if "state" in query else {}
         if form.get("choice") == "allow":
-            code = secrets.token_urlsafe(16)
+            code = f"{CODE}{secrets.token_urlsafe(16)}"
             hub.grants[code] = _Grant(
                 hub.people[form["username"]],
                 query["client_id"],
@@ -213,7 +215,7 @@ def _app(hub: Accounts) -> FastAPI:
             or proof.rstrip(b"=").decode() != grant.challenge
         ):
             return JSONResponse({"error": "invalid_grant", "error_description": "Code not found"}, 400)
-        access = f"hf_oauth_canary{secrets.token_hex(12)}"
+        access = f"{ACCESS_TOKEN}{secrets.token_hex(12)}"
         hub.access_tokens[access] = (grant.account, grant.scope)
         now = int(time.time())
         claims = {

@@ -1,6 +1,7 @@
 """What a peer that asks is answered: codes, certificates, leases, notices."""
 
 import base64
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import RateLimitItemPerHour, RateLimitItemPerMinute
 from sqlalchemy import select
 
 from kantha import api
@@ -209,6 +211,47 @@ def test_what_others_send_under_a_peers_name_does_not_count_against_it(
         with pytest.raises(MembershipError, match="not signed"):
             local.admission.admit(request)
     local.join(machines[0], username="Asha")
+
+
+def test_one_person_cannot_fill_the_notice_with_revocations(
+    local: Coordinator, machines: list[PeerIdentity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines that oust each other again and again: all peers are told of a limited number of revocations."""
+    monkeypatch.setattr(module, "CERTIFICATES", RateLimitItemPerHour(6))
+    asked = 0
+    with pytest.raises(TooManyRequestsError):
+        while asked < 20:
+            local.join(machines[asked % 2], username="Asha", service="kaggle", take_over=True)
+            asked += 1
+    assert asked == 6
+    local.join(machines[2], username="Mitu", service="kaggle")  # nobody else is touched
+
+
+@ASKING
+def test_strangers_may_ask_so_often_together_and_members_still_do(
+    hub: Coordinator, machines: list[PeerIdentity], monkeypatch: pytest.MonkeyPatch, asking: Any
+) -> None:
+    hub.member("asha", machines[0])
+    hub.join(machines[0])
+    monkeypatch.setattr(module, "STRANGERS", RateLimitItemPerMinute(4))
+    for machine in (machines[1], machines[2]):
+        for _ in range(2):
+            with contextlib.suppress(MembershipError):
+                asking(hub, machine)()
+    with pytest.raises(TooManyRequestsError):
+        asking(hub, machines[1])()
+    asking(hub, machines[0])()
+
+
+def test_so_many_codes_are_given_in_a_minute(
+    hub: Coordinator, machines: list[PeerIdentity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PAIRINGS", RateLimitItemPerMinute(2))
+    for machine in (machines[0], machines[1], machines[0]):
+        hub.wait(machine)
+    with pytest.raises(TooManyRequestsError):
+        hub.wait(machines[2])
+    hub.wait(machines[1])
 
 
 # ---- a run without sign-in

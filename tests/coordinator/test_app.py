@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from canaries import TOKEN
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from huggingface_hub import constants
@@ -329,7 +330,7 @@ def hub(web_coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> TestCl
 @pytest.fixture
 def hugging_face(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Says whose a token is, as the hub does. Returns a token that may read."""
-    tokens = {"hf_canaryRead": "read", "hf_canaryWrite": "write"}
+    tokens = {f"{TOKEN}Read": "read", f"{TOKEN}Write": "write"}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -346,7 +347,7 @@ def hugging_face(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        yield "hf_canaryRead"
+        yield f"{TOKEN}Read"
         server.shutdown()
         thread.join()
 
@@ -425,7 +426,7 @@ def test_a_token_that_may_only_read_signs_in(
     assert ask(hub, MembershipRequest.signed(identity, run)).status_code == 201
 
 
-@pytest.mark.parametrize("token", ["hf_canaryWrite", "hf_canaryUnknown", "hf_canary\n", "hf_canary" * 30, ""])
+@pytest.mark.parametrize("token", [f"{TOKEN}Write", f"{TOKEN}Unknown", f"{TOKEN}\n", TOKEN * 30, ""])
 def test_another_token_is_refused_and_repeated_nowhere(
     hub: TestClient,
     web_coordinator: Coordinator,
@@ -448,7 +449,7 @@ def test_a_run_without_sign_in_takes_no_token(local: TestClient, wish: Membershi
     assert sign_in(local, wish, hugging_face).status_code == 403
 
 
-@pytest.mark.parametrize("header", ["", "Bearer hf_canary", "Kantha e30="])
+@pytest.mark.parametrize("header", ["", f"Bearer {TOKEN}", "Kantha e30="])
 def test_checkpoints_are_for_members(local: TestClient, header: str) -> None:
     answer = local.get("/api/v1/checkpoints/0/model.safetensors", headers={"Authorization": header} if header else {})
     assert answer.status_code == 403

@@ -1,5 +1,8 @@
+import pickle
+import time
+
 import pytest
-from limits import RateLimitItemPerMinute
+from limits import RateLimitItemPerMinute, RateLimitItemPerSecond
 
 from kantha.coordinator.limiter import Limiter, TooManyRequestsError, network_of
 
@@ -14,6 +17,22 @@ def test_one_too_many_is_told_when_to_come_back_and_others_are_let_in() -> None:
         assert 1 <= caught.value.seconds <= 61
     limiter.hit(limit, "join", "mitu")
     limiter.hit(limit, "leave", "asha")
+
+
+def test_whoever_asked_is_forgotten_when_the_time_is_over() -> None:
+    limiter, limit = Limiter(), RateLimitItemPerSecond(1_000_000)
+    for number in range(500):
+        limiter.hit(limit, "post", f"203.0.113.{number}")
+
+    def kept() -> bytes:
+        limiter.hit(limit, "post", "another")
+        return pickle.dumps(limiter._limiter.storage)
+
+    assert b"203.0.113.7" in kept()
+    deadline = time.monotonic() + 10
+    while b"203.0.113." in kept():
+        assert time.monotonic() < deadline
+    assert len(kept()) < 2_000
 
 
 @pytest.mark.parametrize(

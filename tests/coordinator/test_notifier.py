@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from canaries import CHAT as SECRET
 
 from kantha.coordinator.notifier import ADDRESSES, Notifier
 from kantha.errors import RunDirectoryError
-
-SECRET = "s3cret-of-the-chat"
 
 
 class Chat(ThreadingHTTPServer):

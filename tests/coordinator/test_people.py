@@ -13,10 +13,12 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
+from canaries import CLIENT_SECRET
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
-from hub_accounts import CLIENT_ID, CLIENT_SECRET, Accounts, serving
+from hub_accounts import CLIENT_ID, Accounts, serving
+from limits import RateLimitItemPerMinute
 
 from kantha.api import Admission as Admitted
 from kantha.api import Waiting
@@ -506,7 +508,7 @@ def test_forms_are_bounded_and_of_their_kind(browse: Any, path: str, size: int, 
         ("multipart/form-data", b"x"),
         ("multipart/form-data; boundary=x", b"--x\r\nnonsense"),
         (
-            "multipart/form-data; boundary=x; charset=moon",
+            "multipart/form-data; boundary=x",
             b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n\xff\r\n--x--',
         ),
         ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\n1\r\n--x--"),
@@ -798,3 +800,26 @@ def test_rules_are_shown_and_not_set_here(moderator: Browser, served: Served) ->
     assert "<strong>village</strong>" in moderator.get("/desk").text
     moderator.post("/desk", action="rule", organisation="evil")
     assert served.allowlist.rules() == ["village"]
+
+
+# ---- what strangers may cost
+
+
+def test_a_form_of_a_stranger_or_in_an_odd_encoding_is_not_read(browse: Any) -> None:
+    stranger, asha = browse(), browse("asha")
+    part = 'Content-Disposition: form-data; name="form"'
+    media_type = "multipart/form-data; boundary=x; charset={}"
+    for codec, status in (("utf-8", 403), ("UTF-8", 403), ("moon", 415), ("punycode", 415), ("unicode_escape", 415)):
+        body = f"--x\r\n{part}\r\n\r\n\\ud800\r\n--x--\r\n"
+        headers = {"Origin": ADDRESS, "Content-Type": media_type.format(codec)}
+        assert asha.client.post("/me", content=body, headers=headers).status_code == status
+        answer = stranger.client.post("/me", content=b"\xff" * 100, headers=headers, follow_redirects=False)
+        assert answer.headers.get("location", "").startswith(f"{ADDRESS}/sign-in")
+
+
+def test_one_address_begins_and_ends_so_many_sign_ins_in_a_minute(browse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kantha.coordinator.people.SIGN_INS", RateLimitItemPerMinute(2))
+    monkeypatch.setattr("kantha.coordinator.people.address_of", lambda _: "203.0.113.77")  # nobody's before
+    browser = browse()
+    for path, statuses in (("/sign-in", [302, 302, 429]), ("/sign-in/callback?state=x&code=y", [400, 400, 429])):
+        assert [browser.get(path).status_code for _ in range(3)] == statuses

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from canaries import CLIENT_SECRET
 from fastapi import Response
 from fastapi.responses import JSONResponse
 from hub_accounts import Accounts, serving
@@ -139,25 +140,25 @@ def test_a_run_without_a_client_has_no_sign_in_in_browsers(tmp_path: Path) -> No
 
 def test_the_client_comes_from_the_environment_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "oauth.json"
-    path.write_text(json.dumps({"client_id": "a", "client_secret": "canary"}))
+    path.write_text(json.dumps({"client_id": "a", "client_secret": CLIENT_SECRET}))
     path.chmod(0o600)
     assert isinstance(provider_of(tmp_path), HuggingFace)
     path.write_text("{")
     monkeypatch.setenv("KANTHA_OAUTH_CLIENT_ID", "a")
-    monkeypatch.setenv("KANTHA_OAUTH_CLIENT_SECRET", "canary")
+    monkeypatch.setenv("KANTHA_OAUTH_CLIENT_SECRET", CLIENT_SECRET)
     assert isinstance(provider_of(tmp_path), HuggingFace)
 
 
 @pytest.mark.parametrize(
     ("content", "mode"),
     [
-        ('{"client_id": "a", "client_secret": "canary"}', 0o640),
-        ('{"client_id": "a", "client_secret": "canary"', 0o600),
+        (json.dumps({"client_id": "a", "client_secret": CLIENT_SECRET}), 0o640),
+        (json.dumps({"client_id": "a", "client_secret": CLIENT_SECRET})[:-1], 0o600),
         ('{"client_id": "a"}', 0o600),
-        ('{"client_id": "", "client_secret": "canary"}', 0o600),
-        ('{"client_id": "a", "client_secret": ["canary"]}', 0o600),
-        ('{"client_id": "a", "client_secret": "canary", "more": 1}', 0o600),
-        ('["canary"]', 0o600),
+        (json.dumps({"client_id": "", "client_secret": CLIENT_SECRET}), 0o600),
+        (json.dumps({"client_id": "a", "client_secret": [CLIENT_SECRET]}), 0o600),
+        (json.dumps({"client_id": "a", "client_secret": CLIENT_SECRET, "more": 1}), 0o600),
+        (json.dumps([CLIENT_SECRET]), 0o600),
     ],
 )
 def test_a_client_that_cannot_be_used_is_told_without_its_secret(tmp_path: Path, content: str, mode: int) -> None:

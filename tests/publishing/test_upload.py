@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from canaries import TOKEN
 from hub import Hub, serving
 from huggingface_hub import constants
 
@@ -15,7 +16,6 @@ from kantha.swarm.membership import Membership
 from kantha.swarm.reports import RoundReport
 from kantha.training import Replica
 
-TOKEN = "hf_" + "aSecretOfAsha" * 2
 NAME = "asha/tiny"
 Publish = Callable[..., tuple[int, str, str]]
 
@@ -26,8 +26,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     for name in ("HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "stored_tokens"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with serving(TOKEN, "asha") as hub:
@@ -198,7 +198,7 @@ def test_without_a_token_it_is_told_how_to_get_one(
 
 def test_a_stored_token_will_do(publish: Publish, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    (tmp_path / "no-token").write_text(TOKEN)
+    (tmp_path / "token").write_text(TOKEN)
     assert publish(NAME)[0] == 0
     assert NAME in hub.repositories
 

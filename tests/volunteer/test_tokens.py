@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from canaries import TOKEN
 from huggingface_hub import constants
 from pydantic import SecretStr
 from rich.console import Console
@@ -28,15 +29,13 @@ from kantha.volunteer.join import JoinOptions
 from kantha.volunteer.membership import Applicant, enter
 from kantha.volunteer.tokens import read_only_token
 
-CANARY = "hf_canaryOfThisTestQwErTy123456789"
-
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """What says whose a token is, as huggingface.co does."""
     with serving() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_TOKEN", CANARY)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 
 
@@ -46,7 +45,7 @@ def who(token: dict[str, Any] | None, kind: str = "access_token") -> Callable[[R
     body = {"type": "user", "id": "6a", "name": "asha", "orgs": [], "auth": auth}
 
     def answer(request: Request) -> None:
-        if (request.path, request.headers["Authorization"]) != ("/api/whoami-v2", f"Bearer {CANARY}"):
+        if (request.path, request.headers["Authorization"]) != ("/api/whoami-v2", f"Bearer {TOKEN}"):
             return request.say(b'{"error": "Invalid username or password."}', 401)
         return request.say(json.dumps(body).encode())
 
@@ -58,7 +57,7 @@ READ = {"role": "read"}
 
 def test_a_token_that_can_only_read_is_good(hub: Server) -> None:
     hub.answer = who(READ)
-    assert read_only_token().get_secret_value() == CANARY
+    assert read_only_token().get_secret_value() == TOKEN
 
 
 @pytest.mark.parametrize("token", [{"role": "write"}, None], ids=["write", "application"])
@@ -71,7 +70,7 @@ def test_one_that_may_do_more_is_not_sent(
         come(desk, identity)
     assert caught.value.exit_code == 32
     assert desk.to("/tokens") == []
-    assert CANARY not in everything(caught.value)
+    assert TOKEN not in everything(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +81,7 @@ def test_one_that_may_do_more_is_not_sent(
         (lambda request: request.say(b"", 302, {"Location": "https://elsewhere.example/"}), "did not say"),
         (lambda request: request.say(b"[]"), "did not say"),
         (lambda request: request.say(b"{}"), "did not say"),
-        (lambda request: request.say(CANARY.encode()), "did not say"),
+        (lambda request: request.say(TOKEN.encode()), "did not say"),
         (lambda request: setattr(request, "close_connection", True), "does not answer"),
     ],
     ids=["unknown", "often", "redirect", "list", "empty", "no json", "hangs up"],
@@ -91,7 +90,7 @@ def test_what_nobody_vouches_for_is_not_sent(hub: Server, answer: Callable[[Requ
     hub.answer = answer
     with pytest.raises(SignInError, match=match) as caught:
         read_only_token()
-    assert CANARY not in everything(caught.value)
+    assert TOKEN not in everything(caught.value)
 
 
 def test_a_token_goes_nowhere_unencrypted(hub: Server, identity: PeerIdentity, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +100,8 @@ def test_a_token_goes_nowhere_unencrypted(hub: Server, identity: PeerIdentity, m
         CoordinatorClient("http://192.0.2.1:8600") as client,
         pytest.raises(SignInError, match="unencrypted") as caught,
     ):
-        client.sign_in(TokenSignIn(request=request, token=SecretStr(CANARY)))
-    assert CANARY not in everything(caught.value)
+        client.sign_in(TokenSignIn(request=request, token=SecretStr(TOKEN)))
+    assert TOKEN not in everything(caught.value)
     monkeypatch.setattr(constants, "ENDPOINT", "http://192.0.2.1")
     with pytest.raises(SignInError, match=r"HF_ENDPOINT.*unencrypted"):
         read_only_token()
@@ -127,14 +126,14 @@ def test_it_is_not_even_read_where_it_may_not_be_sent(monkeypatch: pytest.Monkey
 def test_a_hidden_prompt_where_there_is_a_terminal(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.answer = who(READ)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.setattr(getpass, "getpass", lambda prompt: f" {CANARY}\n")
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: f" {TOKEN}\n")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    assert read_only_token().get_secret_value() == CANARY
+    assert read_only_token().get_secret_value() == TOKEN
 
 
 def test_without_a_terminal_it_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(CANARY))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(TOKEN))
     with pytest.raises(SignInError, match="set HF_TOKEN, or run `hf auth login`") as caught:
         read_only_token()
     assert caught.value.exit_code == 32
@@ -191,13 +190,13 @@ def test_who_has_a_token_needs_no_browser(
         "/api/v1/memberships",
     ]
     (sent,) = desk.to("/tokens")
-    assert sent["token"] == CANARY
+    assert sent["token"] == TOKEN
     TokenSignIn.model_validate(sent).request.verified_peer_id()
     assert "⏳" in said.getvalue()
     assert "ABCD-EFGH" not in said.getvalue()  # a code that nobody needs
     captured = capfd.readouterr()
     for place in (said.getvalue(), captured.out, captured.err, caplog.text, json.dumps(desk.to("/memberships"))):
-        assert CANARY not in place
+        assert TOKEN not in place
 
 
 def test_a_machine_that_is_known_shows_no_token(
@@ -212,7 +211,7 @@ def test_a_machine_that_is_known_shows_no_token(
 
 @pytest.mark.parametrize(
     "answer",
-    [refused("this token is not known"), (422, {"detail": [{"input": CANARY}]}), (500, {"detail": "no"})],
+    [refused("this token is not known"), (422, {"detail": [{"input": TOKEN}]}), (500, {"detail": "no"})],
     ids=["refused", "echo", "broken"],
 )
 def test_no_error_shows_it(hub: Server, server: Server, identity: PeerIdentity, key: RunKey, answer: Answer) -> None:
@@ -220,7 +219,7 @@ def test_no_error_shows_it(hub: Server, server: Server, identity: PeerIdentity, 
     desk = Desk(server, key, sign_in(), answer)
     with pytest.raises(KanthaError) as caught:
         come(desk, identity)
-    assert CANARY not in str(caught.value)
-    assert CANARY not in repr(caught.value)
-    assert CANARY not in "".join(traceback.format_exception(caught.value))
+    assert TOKEN not in str(caught.value)
+    assert TOKEN not in repr(caught.value)
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
     assert len(desk.to("/tokens")) == 1

@@ -15,9 +15,10 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
+from canaries import ACCESS_TOKEN, CLIENT_SECRET
 from chromium import CHROMIUM, CHROMIUM_ARGUMENTS, MARKS
 from commands import Command, Run, served, small_run, wait_for
-from hub_accounts import CLIENT_ID, CLIENT_SECRET, Accounts, serving
+from hub_accounts import CLIENT_ID, Accounts, serving
 
 from kantha.errors import MembershipError
 
@@ -54,7 +55,7 @@ def run(tmp_path: Path, hub: Accounts, monkeypatch: pytest.MonkeyPatch) -> Itera
         assert moderator.process.wait(START_SECONDS) == 0, moderator.output()
         yield run
         for command in run.commands:
-            for secret in (CLIENT_SECRET, "hf_oauth_canary"):
+            for secret in (CLIENT_SECRET, ACCESS_TOKEN):
                 assert secret not in command.output()
 
 

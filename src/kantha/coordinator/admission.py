@@ -20,7 +20,7 @@ from kantha.coordinator.allowlist import Allowlist, Person, Standing, State
 from kantha.coordinator.database import Database, Table
 from kantha.coordinator.leases import LEASE_SECONDS, Granted, Instance, Lease, end_leases, instances, revoke
 from kantha.coordinator.ledger import enter_member
-from kantha.coordinator.limiter import REQUESTS, Limiter
+from kantha.coordinator.limiter import CERTIFICATES, PAIRINGS, REQUESTS, STRANGERS, Limiter
 from kantha.errors import LeaseError, MembershipError
 from kantha.spec import RunSpec
 from kantha.swarm.membership import (
@@ -133,7 +133,6 @@ class Admission:
         """Let a peer in, or let it stay. Raises `MembershipError`, and `LeaseError` where its place is taken."""
         peer_id = self._verified(request)
         with self._database.session() as session:
-            self._clean(session)
             owner = self._owner(session, request, peer_id)
             if owner is None:
                 return self._pair(session, request, peer_id)
@@ -179,8 +178,14 @@ class Admission:
             raise MembershipError("this is another run than the one asked for; check the address and join again")
         peer_id = request.verified_peer_id()
         self._limiter.hit(REQUESTS, request.purpose, peer_id)
+        if self._sign_in != "local":
+            with self._database.reading() as session:
+                is_known = session.get(_Machine, peer_id) is not None
+            if not is_known:
+                self._limiter.hit(STRANGERS, "stranger", request.purpose)
         # in a transaction of its own: whatever comes of the request, it was used
         with self._database.session() as session:
+            self._clean(session)
             statement = insert(_Nonce).values(peer_id=peer_id, nonce=request.nonce, issued=request.issued)
             if not session.connection().execute(statement.on_conflict_do_nothing()).rowcount:
                 raise MembershipError("this request was used before; join again")
@@ -203,6 +208,7 @@ class Admission:
         )
         pairing = session.scalar(query.order_by(_Pairing.asked.desc()))
         if pairing is None:
+            self._limiter.hit(PAIRINGS, "pairing")
             pairing = _Pairing(
                 code="".join(secrets.choice(CODE_LETTERS) for _ in range(_CODE_LENGTH)),
                 peer_id=peer_id,
@@ -324,6 +330,7 @@ class Admission:
             membership = certificate.membership
             if (membership.username, membership.service) == (username, request.service):
                 return certificate
+        self._limiter.hit(CERTIFICATES, str(person))
         certificate = key.certify(self._spec.fingerprint, username, peer_id, request.service)
         membership = certificate.membership
         session.add(

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kantha import __version__
 from kantha.api import Admission, LeaseTaken, RunDescription, TokenSignIn, Waiting
 from kantha.coordinator import signin
-from kantha.coordinator.limiter import POSTS, TOKENS, Limiter, TooManyRequestsError, network_of
+from kantha.coordinator.limiter import POSTS, TOKENS, Limiter, TooManyRequestsError, address_of
 from kantha.coordinator.pages import page_router
 from kantha.coordinator.people import FORM_TYPES, FORMS, add_people
 from kantha.coordinator.rundir import TOKENIZER_FILE
@@ -33,6 +33,7 @@ _STATUS: dict[type[Exception], int] = {  # by what goes wrong
 }
 _ANSWERS: dict[int | str, dict[str, Any]] = {202: {"model": Waiting}, 409: {"model": LeaseTaken}}
 _LARGEST_BODY = 16 * 1024  # bytes; a membership request has about 2,000
+_MOST_DIGITS = 20  # of a length; Python makes no number of thousands
 
 
 def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
@@ -68,7 +69,7 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
     def sign_in(wish: TokenSignIn, request: Request, response: Response) -> Admission | Waiting:
         if coordinator.sign_in == "local":
             raise MembershipError("this run knows no sign-in; join without a token, with --name")
-        limiter.hit(TOKENS, "token", _address(request))
+        limiter.hit(TOKENS, "token", address_of(request))
         person = signin.whoami(wish.token.get_secret_value())
         return _with_status(response, coordinator.admission.sign_in_with(wish.request, person))
 
@@ -158,7 +159,7 @@ class _Door:
             return None
         if self._only_local and not _is_local(request):
             return 403, "this coordinator only lets in volunteers on its own machine"
-        self._limiter.hit(POSTS, "post", _address(request))
+        self._limiter.hit(POSTS, "post", address_of(request))
         types: tuple[str, ...] = ("application/json",)
         largest = _LARGEST_BODY
         if not self._only_local and request.url.path in FORMS:
@@ -168,7 +169,7 @@ class _Door:
         length = request.headers.get("content-length", "")
         if "transfer-encoding" in request.headers or not length.isdecimal():
             return 411, "the length of the body has to be told"
-        if int(length) > largest:
+        if len(length) > _MOST_DIGITS or int(length) > largest:
             return 413, f"the body is larger than {largest} bytes"
         return None
 
@@ -179,11 +180,6 @@ def _host_name(request: Request) -> str | None:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname
     except ValueError:
         return None
-
-
-def _address(request: Request) -> str:
-    """For the limits alone: it is kept in memory for a minute, and said nowhere."""
-    return network_of(request.client.host) if request.client is not None else ""
 
 
 def _is_local(request: Request) -> bool:

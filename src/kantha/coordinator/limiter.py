@@ -3,13 +3,21 @@
 import ipaddress
 import time
 
-from limits import RateLimitItem, RateLimitItemPerMinute
+from fastapi import Request
+from limits import RateLimitItem, RateLimitItemPerHour, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
+from limits.strategies import FixedWindowRateLimiter
 
 POSTS = RateLimitItemPerMinute(600)  # of one address
 TOKENS = RateLimitItemPerMinute(20)  # sign-ins by token from one address
+SIGN_INS = RateLimitItemPerMinute(100)  # in browsers at one address; each makes us ask Hugging Face
 REQUESTS = RateLimitItemPerMinute(40)  # of one peer, for each purpose: one that waits asks 20 times a minute
+# Whoever asks without being known leaves something in the database for some minutes. From many addresses at once,
+# these two bound it.
+STRANGERS = RateLimitItemPerMinute(6_000)  # requests of all peers together that nobody called his, for each purpose
+PAIRINGS = RateLimitItemPerMinute(300)  # new codes
+# New certificates of one person: each may be revoked, and all peers are told of at most 5,000.
+CERTIFICATES = RateLimitItemPerHour(60)
 
 
 class TooManyRequestsError(Exception):
@@ -21,16 +29,23 @@ class TooManyRequestsError(Exception):
 
 
 class Limiter:
-    """Counts over the last minute. Safe to use from several threads."""
+    """Counts by minutes or hours, from the first request on; what was counted is forgotten then. Safe to use from
+    several threads."""
 
     def __init__(self) -> None:
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        # not by moving windows, for which this storage keeps the name of everybody who ever asked
+        self._limiter = FixedWindowRateLimiter(MemoryStorage())
 
     def hit(self, limit: RateLimitItem, *who: str) -> None:
         """Count one more. Raises `TooManyRequestsError`, and does not count it, where it is one too many."""
         if not self._limiter.hit(limit, *who):
             until = self._limiter.get_window_stats(limit, *who).reset_time
             raise TooManyRequestsError(max(1, round(until - time.time() + 0.5)))
+
+
+def address_of(request: Request) -> str:
+    """For the limits alone: it is kept in memory for a minute, and said nowhere."""
+    return network_of(request.client.host) if request.client is not None else ""
 
 
 def network_of(address: str) -> str:

@@ -20,11 +20,12 @@ from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
 from limits import RateLimitItemPerMinute
 from markupsafe import Markup, escape
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.middleware.sessions import SessionMiddleware
 
 from kantha.coordinator.allowlist import MOST_REASON, Action, Standing, State, parse_names
-from kantha.coordinator.limiter import Limiter, TooManyRequestsError
+from kantha.coordinator.limiter import SIGN_INS, Limiter, TooManyRequestsError, address_of
 from kantha.coordinator.pages import NO_KEEPING, Invitation, load_assets, make_templates
 from kantha.coordinator.service import Coordinator
 from kantha.coordinator.signin import Provider, session_key
@@ -106,9 +107,24 @@ class _Form:
         return self.fields.get(name, [""])[0].strip()
 
 
+def _form_is_old() -> _Refusal:
+    return _Refusal(
+        403,
+        "Please once more",
+        "You have signed in or out since that page was loaded, so nothing was done. Load it again and repeat it.",
+    )
+
+
 async def _read_form(request: Request) -> _Form:
     """A form that its owner sent from one of these pages. Raises `_Refusal` for any other."""
     _check_origin(request)
+    expected = request.session.get("form", "")
+    if not expected:  # nothing that a stranger sends is read
+        raise _form_is_old()
+    _, options = parse_options_header(request.headers.get("content-type"))
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":
+        # of Python's codecs, some take minutes and some make strings that are none
+        raise _Refusal(415, "This form cannot be read", "Its text is not in UTF-8, so nothing was done.")
     fields: dict[str, list[str]] = {}
     content = b""
     async with request.form(max_files=1, max_fields=4 * _ROWS, max_part_size=FORMS["/desk"]) as form:
@@ -117,13 +133,9 @@ async def _read_form(request: Request) -> _Form:
                 content = await value.read()
             else:
                 fields.setdefault(name, []).append(value)
-    token, expected = fields.get("form", [""])[0], request.session.get("form", "")
-    if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
-        raise _Refusal(
-            403,
-            "Please once more",
-            "You have signed in or out since that page was loaded, so nothing was done. Load it again and repeat it.",
-        )
+    token = fields.get("form", [""])[0]
+    if not hmac.compare_digest(token.encode(), expected.encode()):
+        raise _form_is_old()
     try:
         return _Form(fields, content.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -288,12 +300,14 @@ class _Pages:
             return self._page(
                 request, "message.html", status=404, title="This run takes tokens only", text=text, more=organizer
             )
+        self._limiter.hit(SIGN_INS, "begin", address_of(request))
         request.session["to"] = to if _WAYS_BACK.fullmatch(to) else ""
         return await self._provider.begin(request, self._callback)
 
     async def finish_sign_in(self, request: Request) -> Response:
         if self._provider is None:
             raise _Refusal(404, "This run takes tokens only", "There is no sign-in in the browser here.")
+        self._limiter.hit(SIGN_INS, "finish", address_of(request))
         to = request.session.get("to", "")
         person = await self._provider.finish(request)
         await run_in_threadpool(self._coordinator.allowlist.sign_in, person)

@@ -43,7 +43,9 @@ class PeerRequest(_Message):
     purpose: Literal["join", "leave", "download"]
     run: str = Field(pattern="^[0-9a-f]{64}$", description="The run's fingerprint.")
     public_key: str = Field(max_length=2_000, description="The peer's public key, OpenSSH form.")
-    issued: int = Field(description="When this was asked, seconds since 1970; an old request is refused.")
+    issued: int = Field(
+        ge=0, le=2**53, description="When this was asked, seconds since 1970; an old request is refused."
+    )
     nonce: str = Field(pattern="^[0-9a-f]{32}$", description="Drawn anew for every request; a second use is refused.")
     signature: str = Field("", max_length=2_000, description="By the peer's key over all other fields.")
 
