@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kantha.coordinator import app as app_module
+from kantha.coordinator import limiter
 from kantha.coordinator import serve as module
 from kantha.coordinator.rundir import RunDirectory
 from kantha.errors import (
@@ -252,7 +252,7 @@ def test_a_proxy_on_this_machine_is_believed_where_people_come_from_anywhere(
     status: int,
 ) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(app_module, "network_of", lambda address: seen.append(address) or address)
+    monkeypatch.setattr(limiter, "network_of", lambda address: seen.append(address) or address)
     answers: list[int] = []
 
     def started(one: FakeCoordinator) -> None:
