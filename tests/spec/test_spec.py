@@ -91,7 +91,7 @@ def test_every_field_has_a_description_that_stands_above_it() -> None:
     lines = dump_spec(ALL_SOURCES).splitlines()
     for above, line in pairwise(lines):
         field = line.strip().removeprefix("- ").partition(":")[0]
-        if line and not line.lstrip().startswith("#") and field not in ("kind", "local", "kaggle", "colab"):
+        if line and not line.lstrip().startswith("#") and field not in ("kind", "local", "kaggle", "colab", "hosted"):
             assert above.lstrip().startswith("# ") or "kind:" in above, line
 
 
@@ -181,7 +181,7 @@ def test_a_spec_sent_as_json_keeps_its_fingerprint() -> None:
         ("  - kind: file\n    path: a.txt\n    shards: 3\n", "line 7: data.sources[1].shards:", "no such field"),
         ("  - kind: newspaper\n", "line 5: data.sources[1]:", "'shobdo', 'file', 'huggingface'"),
         ("  - weight: 2\n", "line 5: data.sources[1]:", "'kind'"),
-        ("services:\n  moon: {max_instances: 1}\n", "line 6: services.moon", "'local', 'kaggle' or 'colab'"),
+        ("services:\n  moon: {max_instances: 1}\n", "line 6: services.moon", "'local', 'kaggle', 'colab' or 'hosted'"),
         ("model:\n  hidden_size: 100\n", "line 5: model:", "hidden_size 100 is not a multiple of attention_heads 12"),
         ("model:\n  layer_groups: 5\n", "line 5: model:", "layers 12 is no multiple of layer_groups 5"),
         ("schedule:\n  warmup_rounds: 9\n", "line 6: schedule.warmup_rounds:", "no such field"),
