@@ -116,6 +116,7 @@ def forms(secret: bytes) -> list[bytes]:
 
 
 @pytest.mark.swarm
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_no_secret_is_told(
     run_path: Path, tmp_path: Path, hub: Accounts, chat: Chat, watched: Watched, monkeypatch: pytest.MonkeyPatch
