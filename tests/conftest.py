@@ -22,7 +22,6 @@ from peers import Start, starting
 from tokenizers import Tokenizer
 
 from kantha.cli import main as command_line
-from kantha.coordinator.app import build_app
 from kantha.coordinator.notifier import Notifier
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.service import Coordinator
@@ -40,6 +39,7 @@ from kantha.spec import (
 )
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.reports import Roster
+from kantha.web.app import build_app
 
 WHO = ["আমার ভাই", "ছোট মেয়েটি", "পাশের বাড়ির কাকা", "রহিম", "গ্রামের জেলে", "নতুন শিক্ষক", "সীমা", "বুড়ো মাঝি"]
 WHEN = ["আজ সকালে", "গতকাল বিকেলে", "প্রতিদিন", "বর্ষার রাতে", "শীতের দিনে", "মেলার শেষে"]

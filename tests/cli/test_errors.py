@@ -103,7 +103,7 @@ def test_serving_a_run_of_an_older_kantha(kantha: Kantha, run_path: Path) -> Non
 def test_serving_on_a_port_that_does_not_exist(
     kantha: Kantha, run_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, port: int
 ) -> None:
-    monkeypatch.setattr("kantha.coordinator.serve.log_to_file", lambda _: None)  # it would redirect this process's log
+    monkeypatch.setattr("kantha.web.serve.log_to_file", lambda _: None)  # it would redirect this process's log
     other = "--p2p-port" if option == "--port" else "--port"
     code, _, error = kantha("serve", run_path, other, 0, f"{option}={port}")
     assert code == 2

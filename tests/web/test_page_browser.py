@@ -10,8 +10,8 @@ import uvicorn
 from chromium import CHROMIUM, CHROMIUM_ARGUMENTS, MARKS
 from fastapi import FastAPI
 
-from kantha.coordinator.pages import page_router
 from kantha.coordinator.status import HeldoutStatus, RoundStatus, RunStatus, VolunteerStatus
+from kantha.web.pages import page_router
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 

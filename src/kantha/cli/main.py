@@ -129,7 +129,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a run: its page, its API, its place in the swarm. Ctrl-C stops it; a restart carries on."""
-    from kantha.coordinator.serve import serve as serve_run
+    from kantha.web.serve import serve as serve_run
 
     serve_run(run_dir, host, port, p2p_port, _say, sign_in, address)
 

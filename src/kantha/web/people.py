@@ -26,10 +26,10 @@ from starlette.middleware.sessions import SessionMiddleware
 
 from kantha.coordinator.allowlist import MOST_REASON, Action, Standing, State, parse_names
 from kantha.coordinator.limiter import SIGN_INS, Limiter, TooManyRequestsError, address_of
-from kantha.coordinator.pages import NO_KEEPING, Invitation, load_assets, make_templates
 from kantha.coordinator.service import Coordinator
-from kantha.coordinator.signin import Provider, session_key
 from kantha.errors import MembershipError, SignInError, StorageError
+from kantha.web.pages import NO_KEEPING, Invitation, load_assets, make_templates
+from kantha.web.signin import Provider, session_key
 
 # What a form may send, by its path; larger ones are turned away at the door.
 FORMS = {"/sign-out": 4 * 1024, "/pair": 4 * 1024, "/me": 4 * 1024, "/desk": 768 * 1024}  # bytes

@@ -10,10 +10,10 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 from hub_accounts import Accounts, serving
 
-from kantha.coordinator import signin
 from kantha.coordinator.allowlist import Person
-from kantha.coordinator.signin import HuggingFace, provider_of, session_key, whoami
 from kantha.errors import RunDirectoryError, SignInError
+from kantha.web import signin
+from kantha.web.signin import HuggingFace, provider_of, session_key, whoami
 
 
 @pytest.fixture(scope="module")

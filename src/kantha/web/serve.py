@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from kantha.coordinator.admission import SignIn
-from kantha.coordinator.app import build_app
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.service import Coordinator
-from kantha.coordinator.signin import CLIENT_FILE, provider_of, session_key
 from kantha.errors import PortTakenError, ProcessEndedError, StorageError, UnreachableError, printable
 from kantha.swarm.node import log_to_file
 from kantha.swarm.processes import start_again
+from kantha.web.app import build_app
+from kantha.web.signin import CLIENT_FILE, provider_of, session_key
 
 _GRACE = 5  # seconds that open HTTP requests get when the coordinator stops
 _PORT_SECONDS = 5.0  # the children of a coordinator that was killed hold its ports until they have died, too

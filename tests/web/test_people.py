@@ -24,13 +24,13 @@ from kantha.api import Admission as Admitted
 from kantha.api import Waiting
 from kantha.coordinator.admission import PAIRING_SECONDS, Admission, SignIn
 from kantha.coordinator.allowlist import Allowlist, State
-from kantha.coordinator.app import build_app
 from kantha.coordinator.database import Database
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.status import RunStatus
 from kantha.errors import StorageError
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.membership import MembershipRequest
+from kantha.web.app import build_app
 
 ADDRESS = "http://127.0.0.1:8600"
 CALLBACK = f"{ADDRESS}/sign-in/callback"
@@ -818,8 +818,8 @@ def test_a_form_of_a_stranger_or_in_an_odd_encoding_is_not_read(browse: Any) -> 
 
 
 def test_one_address_begins_and_ends_so_many_sign_ins_in_a_minute(browse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kantha.coordinator.people.SIGN_INS", RateLimitItemPerMinute(2))
-    monkeypatch.setattr("kantha.coordinator.people.address_of", lambda _: "203.0.113.77")  # nobody's before
+    monkeypatch.setattr("kantha.web.people.SIGN_INS", RateLimitItemPerMinute(2))
+    monkeypatch.setattr("kantha.web.people.address_of", lambda _: "203.0.113.77")  # nobody's before
     browser = browse()
     for path, statuses in (("/sign-in", [302, 302, 429]), ("/sign-in/callback?state=x&code=y", [400, 400, 429])):
         assert [browser.get(path).status_code for _ in range(3)] == statuses

@@ -11,7 +11,6 @@ import httpx
 import pytest
 
 from kantha.coordinator import limiter
-from kantha.coordinator import serve as module
 from kantha.coordinator.rundir import RunDirectory
 from kantha.errors import (
     KanthaError,
@@ -22,6 +21,7 @@ from kantha.errors import (
     SwarmError,
     UnreachableError,
 )
+from kantha.web import serve as module
 
 
 class FakeCoordinator:

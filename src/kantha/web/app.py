@@ -12,15 +12,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kantha import __version__
 from kantha.api import Admission, LeaseTaken, RunDescription, TokenSignIn, Waiting
-from kantha.coordinator import signin
 from kantha.coordinator.limiter import POSTS, TOKENS, Limiter, TooManyRequestsError, address_of
-from kantha.coordinator.pages import page_router
-from kantha.coordinator.people import FORM_TYPES, FORMS, add_people
 from kantha.coordinator.rundir import TOKENIZER_FILE
 from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
 from kantha.errors import LeaseError, MembershipError, SignInError, StorageError, printable
 from kantha.swarm.membership import DepartureRequest, MembershipRequest
+from kantha.web import signin
+from kantha.web.pages import page_router
+from kantha.web.people import FORM_TYPES, FORMS, add_people
 
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")

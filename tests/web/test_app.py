@@ -17,7 +17,6 @@ from huggingface_hub import constants
 
 from kantha.api import Admission, LeaseTaken, RunDescription, Waiting
 from kantha.coordinator.allowlist import Person
-from kantha.coordinator.app import build_app
 from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
 from kantha.digests import FileDigest
@@ -25,6 +24,7 @@ from kantha.errors import LeaseError, StorageError
 from kantha.spec import RunSpec
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.membership import DepartureRequest, DownloadRequest, MembershipRequest, Trust
+from kantha.web.app import build_app
 
 HERE, ELSEWHERE = ("127.0.0.1", 1234), ("203.0.113.5", 1234)
 

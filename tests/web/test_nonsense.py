@@ -34,11 +34,11 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import response_schema_conformance
 from sqlalchemy import func, select
 
-from kantha.coordinator.app import build_app
 from kantha.coordinator.database import Table
 from kantha.coordinator.service import Coordinator
 from kantha.swarm.identity import PeerIdentity
 from kantha.swarm.membership import DepartureRequest, DownloadRequest, MembershipRequest
+from kantha.web.app import build_app
 
 DEADLINE = 10.0  # seconds for one answer, on a machine that is busy with something else, too
 HOMES = 20  # addresses that nonsense comes from: one may send 600 a minute

@@ -5,14 +5,14 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from kantha.coordinator.pages import (
+from kantha.coordinator.status import ROUNDS_TOLD, HeldoutStatus, RoundStatus, RunStatus, VolunteerStatus
+from kantha.web.pages import (
     CHART_EARLIER_ROUNDS,
     CHART_HELDOUT_ROUNDS,
     CHART_LAST_ROUNDS,
     SHOWN_ROUNDS,
     page_router,
 )
-from kantha.coordinator.status import ROUNDS_TOLD, HeldoutStatus, RoundStatus, RunStatus, VolunteerStatus
 
 FAILED: dict[str, object] = {"failed": True, "reason": "a peer stalled"}
 
