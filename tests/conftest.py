@@ -201,7 +201,8 @@ def web_coordinator(_web_coordinator: _WebCoordinator, run_path: Path) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def _web_app(_web_coordinator: _WebCoordinator) -> FastAPI:
+def _web_app(_web_coordinator: _WebCoordinator, tiny_run: RunDirectory) -> FastAPI:
+    _web_coordinator.run = tiny_run  # for its key of the sessions, which all copies have
     return build_app(_web_coordinator)  # once: compressing the page's scripts takes its time
 
 

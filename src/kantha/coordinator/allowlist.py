@@ -71,6 +71,7 @@ class Standing:
     since: float  # seconds since 1970; 0: nobody of that name was here
     by: str
     is_moderator: bool
+    number: int = 0  # by which tables and public addresses know this person; 0: nobody of that name was here
 
     @property
     def may_not(self) -> bool:
@@ -387,7 +388,7 @@ class Allowlist:
         session.add(_Decision(time=self._now(), by=by, action=action, username=username, reason=reason))
 
     def _standing(self, row: _Person) -> Standing:
-        return Standing(row.username, State(row.state), row.reason, row.since, row.by, row.is_moderator)
+        return Standing(row.username, State(row.state), row.reason, row.since, row.by, row.is_moderator, row.id)
 
 
 def parse_names(text: str) -> list[str]:

@@ -18,9 +18,9 @@ from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
 from kantha.errors import LeaseError, MembershipError, SignInError, StorageError, printable
 from kantha.swarm.membership import DepartureRequest, MembershipRequest
-from kantha.web import signin
-from kantha.web.pages import page_router
-from kantha.web.people import FORM_TYPES, FORMS, add_people
+from kantha.web import desk, people, signin
+from kantha.web.pages import Invitation, page_router
+from kantha.web.site import FORM_TYPES, Site, largest_form, visitor_of
 
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -44,7 +44,7 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
     app = FastAPI(title="Kantha coordinator", version=__version__, docs_url=None, redoc_url=None)
     limiter = Limiter()
     only_local = coordinator.sign_in == "local"
-    invitation = None if only_local else add_people(app, coordinator, signin.provider_of(coordinator.run.keys))
+    site = Site(app, coordinator, None if only_local else signin.provider_of(coordinator.run.keys))
     app.add_middleware(  # after that of the sessions, so that it is asked before
         _Door,
         names={*_LOCAL_NAMES, urlsplit(coordinator.address).hostname or ""},
@@ -55,7 +55,9 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
     for kind, code in _STATUS.items():
         app.add_exception_handler(kind, partial(_tell, code))
     app.add_exception_handler(RequestValidationError, _tell_what_is_malformed)
-    app.include_router(page_router(coordinator.status, invitation), include_in_schema=False)
+    app.include_router(page_router(coordinator.status, partial(_invitation, site)), include_in_schema=False)
+    for pages in (people, desk):
+        pages.add_pages(site)
 
     @app.get("/api/v1/run")
     def describe() -> RunDescription:
@@ -96,6 +98,16 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
     return app
 
 
+def _invitation(site: Site, request: Request) -> Invitation | None:
+    visitor = visitor_of(request)
+    if site.is_local:
+        return None
+    if visitor is None:
+        return Invitation(site.link, site.sign_in_address(""))
+    state = visitor.standing.state
+    return Invitation(site.link, site.sign_in_address(""), visitor.username, state.sign, state.value)
+
+
 def _with_status(response: Response, answer: Admission | Waiting) -> Admission | Waiting:
     if isinstance(answer, Waiting):
         response.status_code = 202
@@ -126,7 +138,7 @@ class _Door:
 
     A page from elsewhere in a browser on this machine must not speak for it. It cannot under its own host name (which
     somebody may have pointed to this machine), nor in JSON (for which browsers ask us first, and get no leave). The
-    forms of people.py have a protection of their own.
+    forms of the pages have a protection of their own (site.py).
     """
 
     def __init__(self, app: ASGIApp, names: set[str], any_host: bool, only_local: bool, limiter: Limiter) -> None:
@@ -162,8 +174,8 @@ class _Door:
         self._limiter.hit(POSTS, "post", address_of(request))
         types: tuple[str, ...] = ("application/json",)
         largest = _LARGEST_BODY
-        if not self._only_local and request.url.path in FORMS:
-            types, largest = FORM_TYPES, FORMS[request.url.path]
+        if (form := largest_form(request.url.path)) is not None:
+            types, largest = FORM_TYPES, form
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() not in types:
             return 415, f"only {' and '.join(types)} is understood"
         length = request.headers.get("content-length", "")

@@ -3,25 +3,21 @@
 people.py has the pages about persons, in the same cloth.
 """
 
-import functools
-import gzip
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bokeh
 from bokeh.embed import json_item
 from bokeh.models import AjaxDataSource, BasicTicker, CDSView, DataRange1d, GroupFilter, HoverTool
 from bokeh.plotting import figure
-from bokeh.util.paths import bokehjs_path
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.templating import Jinja2Templates
 
 from kantha.coordinator.status import HeldoutStatus, RoundStatus, RunStatus
+from kantha.web.site import NO_KEEPING, load_assets
 
 SHOWN_ROUNDS = 8
 CHART_POLL_MILLISECONDS = 2000
@@ -44,19 +40,11 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "frame-ancestors 'none'",
     ]
 )
-NO_KEEPING = {"Cache-Control": "no-store"}
 
 _HERE = Path(__file__).parent
 # The curves in colours that keep a contrast of 3:1 to both the light and the dark cloth; page.css colours the rest.
 _INDIGO, _LEAF, _TURMERIC, _MADDER = "#5870c4", "#4c8a62", "#a9741f", "#c8453f"
 _PATCH = "#fffcf5"
-
-
-@dataclass(frozen=True)
-class Asset:
-    content: bytes
-    gzipped: bytes
-    media_type: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ class Invitation:
 
 
 def page_router(
-    get_status: Callable[[], RunStatus], get_invitation: Callable[[Request], Invitation] | None = None
+    get_status: Callable[[], RunStatus], get_invitation: Callable[[Request], Invitation | None] | None = None
 ) -> APIRouter:
     """The routes of the run's page; both are called once for each request, in a worker thread.
 
@@ -148,30 +136,6 @@ def make_templates() -> Jinja2Templates:
     # Bokeh's documents refer back to models earlier in them, so `tojson` must leave the order alone.
     templates.env.policies["json.dumps_kwargs"] = {"sort_keys": False}
     return templates
-
-
-@functools.cache  # compressing the scripts takes its time
-def load_assets() -> tuple[dict[str, str], dict[str, Asset]]:
-    """What `/static` serves: its names by the templates' keys, and the files by these names."""
-    names: dict[str, str] = {}
-    assets: dict[str, Asset] = {}
-
-    def add(key: str, name: str, content: bytes, media_type: str) -> None:
-        names[key] = name
-        assets[name] = Asset(content, gzip.compress(content, mtime=0), media_type)
-
-    bokeh_script = Path(bokehjs_path()) / "js" / "bokeh.min.js"
-    add("bokeh", f"bokeh-{bokeh.__version__}.min.js", bokeh_script.read_bytes(), "text/javascript")
-    for key, file, media_type in [
-        ("script", "page.js", "text/javascript"),
-        ("live", "live.js", "text/javascript"),
-        ("style", "page.css", "text/css"),
-        ("icon", "page.svg", "image/svg+xml"),
-    ]:
-        content = (_HERE / "static" / file).read_bytes()
-        stem, _, suffix = file.partition(".")
-        add(key, f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}.{suffix}", content, media_type)
-    return names, assets
 
 
 def _chart() -> figure:
