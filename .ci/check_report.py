@@ -11,6 +11,9 @@ wrong = [
     for text, holds in {
         "three volunteers": report["volunteers"] == 3,
         "each contributed samples": all(report["samples_per_volunteer"].values()),
+        "the samples that the volunteers counted themselves": report["samples"]
+        == sum(report["samples_per_volunteer"].values())
+        == report["samples_by_their_own_count"],
         "at least 8 rounds": report["rounds"] >= 8,
         "at most one round in ten failed": report["failed_rounds"] <= report["rounds"] / 10,
         "nine tenths of the time spent computing": report["computing_share"] >= 0.9,

@@ -4,7 +4,7 @@ import pytest
 
 from kantha.errors import StorageError, SwarmError
 from kantha.volunteer import folders
-from kantha.volunteer.folders import PeerFolder, home
+from kantha.volunteer.folders import PeerFolder, home, samples_given
 
 RUN = "0f" * 32
 
@@ -64,3 +64,16 @@ def test_there_is_a_limit_to_peers_of_one_name(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SwarmError, match="2 volunteers named Asha"):
         PeerFolder(RUN, "Asha")
     assert len({folder.path for folder in held}) == 2
+
+
+def test_a_peer_remembers_what_it_has_given() -> None:
+    folder = PeerFolder(RUN, "Asha")
+    assert folder.load_given() == 0
+    folder.save_given(64)
+    other = PeerFolder(RUN, "Asha")  # the first is in use
+    other.save_given(8)
+    PeerFolder("b" * 64, "Asha").save_given(1_000)
+    assert folder.load_given() == 64
+    assert samples_given(RUN, home()) == 72
+    (folder.path / "given.json").write_text('{"samples": "many"}')
+    assert folder.load_given() == 0

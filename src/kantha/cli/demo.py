@@ -36,6 +36,7 @@ from kantha.spec import PRESETS
 from kantha.swarm.processes import signal_when_parent_dies
 from kantha.training import Replica
 from kantha.training.checkpoint import list_checkpoints
+from kantha.volunteer.folders import samples_given
 
 _NAMES = ("Asha", "Rafiq", "Mitu", "Karim", "Nila", "Bijoy", "Shirin", "Tanvir")
 _START_SECONDS = 120.0  # for the coordinator to answer
@@ -110,7 +111,7 @@ def run_demo(
     say("measuring the trained model, exporting it …")
     loss_after = _heldout_loss(run, heldout)
     export_run(run.path, out / "model")
-    figures = _figures(run, loss_before, loss_after, out / "model", time.monotonic() - began)
+    figures = _figures(run, loss_before, loss_after, out, time.monotonic() - began)
     _show_result(figures, run, out, say)
     for path in {out / "report.json", report or out / "report.json"}:
         try:
@@ -287,7 +288,7 @@ def _heldout_loss(run: RunDirectory, batches: Sequence[Batch]) -> float:
     return heldout_loss(replica.model, batches)
 
 
-def _figures(run: RunDirectory, before: float, after: float, model: Path, seconds: float) -> dict[str, Any]:
+def _figures(run: RunDirectory, before: float, after: float, out: Path, seconds: float) -> dict[str, Any]:
     ledger = Ledger(run.ledger)
     rounds, members, samples = ledger.rounds(), ledger.members(), ledger.samples_by_peer()
     share = ledger.computing_share()
@@ -300,12 +301,13 @@ def _figures(run: RunDirectory, before: float, after: float, model: Path, second
         "rounds": len(rounds),
         "samples": sum(round.samples for round in rounds),
         "samples_per_volunteer": dict(by_name),
+        "samples_by_their_own_count": samples_given(run.spec.fingerprint, out / "home"),
         "train_loss": [[round.round, round.loss] for round in rounds if round.loss is not None],
         "heldout_loss_start": before,
         "heldout_loss_end": after,
         "failed_rounds": sum(round.failed for round in rounds),
         "computing_share": share,
-        "model_dir": str(model),
+        "model_dir": str(out / "model"),
         "seconds": seconds,
     }
 

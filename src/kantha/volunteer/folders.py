@@ -2,7 +2,8 @@
 
 <run>/run-key                 the run's newest public key, as it was seen
 <run>/<name>-<slot>/          one peer of this machine: peer.key (its libp2p identity), volunteer.log,
-                              data.json (where it is in the run's text), notice.json (the organizer's newest)
+                              data.json (where it is in the run's text), notice.json (the organizer's newest),
+                              given.json (how many of its samples count, by its own count)
 <run>/<name>-<slot>/snapshot/ the run's tokenizer, and the coordinator's checkpoint where no peer gave the state
 <run>/<name>-<slot>/swarm/    snapshots that this peer loads, and makes for others
 """
@@ -72,6 +73,14 @@ class PeerFolder:
         """Note where this peer is. Without a note some examples are seen twice, so a failure is only logged."""
         _note(self.path / "data.json", json.dumps(place))
 
+    def load_given(self) -> int:
+        """How many of this peer's samples count, since it first joined; 0 where that was not noted."""
+        return _given(self.path)
+
+    def save_given(self, samples: int) -> None:
+        """The ledger has it, too, so a failure is only logged."""
+        _note(self.path / "given.json", json.dumps({"samples": samples}))
+
     def load_run_key(self) -> str | None:
         """The run's public key, in hex, that was seen last; None: this is the first time. Raises `StorageError`."""
         path = self.run_folder / "run-key"
@@ -105,6 +114,22 @@ class PeerFolder:
     @property
     def log(self) -> Path:
         return self.path / "volunteer.log"
+
+
+def samples_given(run: str, folder: Path) -> int:
+    """How many samples count of all peers of this run that have their files here, as they counted themselves.
+
+    :param folder: what `KANTHA_HOME` was for them
+    """
+    return sum(_given(path.parent) for path in (folder / run[:16]).glob("*/given.json"))
+
+
+def _given(folder: Path) -> int:
+    try:
+        note = json.loads((folder / "given.json").read_text(encoding="utf-8"))
+        return int(note["samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _note(path: Path, text: str) -> None:

@@ -131,7 +131,7 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
             renewal.start(node.set_certificate, lambda notice: _hear(notice, node, folder))
             signals.install()
             device = choose_device()
-            session = Session(describe_device(device), engine, peak_flops(device))
+            session = Session(describe_device(device), engine, peak_flops(device), folder.load_given())
             engine.complete = session.complete
             trainer = Trainer(spec, device)
             trainer.prepare(options.micro_batch, lambda line: _say(console, line))  # the state is on its way meanwhile
@@ -152,13 +152,18 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
                 _say(console, "leaving: what is computed is handed in …")
             for result in engine.leave():
                 session.ended(result)
+            folder.save_given(session.counted_in_all)
             engine.say_goodbye()
         _say(
             console,
             f"left after {(time.monotonic() - session.started) / 60:.1f} minutes: {session.counted} of your samples "
-            f"count{session.pace}. Thank you!"
+            f"count{session.pace}. {_since_first(session)}Thank you!"
             + ("" if engine.schedule_state.is_finished else f" `kantha join {url}` comes back any time."),
         )
+
+
+def _since_first(session: Session) -> str:
+    return f"With those before, {session.counted_in_all}. " if session.counted_before else ""
 
 
 def _say(console: Console, line: str) -> None:
@@ -219,6 +224,7 @@ def train(
         result = engine.contribute(gradients.tensors, gradients.samples)
         if result is not None:
             session.ended(result)
+            folder.save_given(session.counted_in_all)
         screen.tick(round_ended=result is not None)
     folder.save_place(feed.state)
 

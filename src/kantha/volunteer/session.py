@@ -44,14 +44,18 @@ class _Work:
 class Session:
     """Safe to use from several threads."""
 
-    def __init__(self, device: str, engine: RoundsEngine, peak_flops: float | None = None) -> None:
+    def __init__(
+        self, device: str, engine: RoundsEngine, peak_flops: float | None = None, counted_before: int = 0
+    ) -> None:
         """
         :param peak_flops: operations a second that the device could do; None where that is not known
+        :param counted_before: samples of this peer's earlier sessions that count
         """
         self.device = device
         self.started = time.monotonic()
         self.last_round: RoundResult | None = None
         self.counted = 0  # samples in finished rounds
+        self.counted_before = counted_before
         self._engine, self._peak = engine, peak_flops
         self._lock = threading.Lock()
         self._rounds: deque[RoundReport] = deque(maxlen=ROUNDS_KEPT)
@@ -116,6 +120,11 @@ class Session:
         """This machine's that are in no finished round yet."""
         with self._lock:
             return sum(work.samples for work in self._work)
+
+    @property
+    def counted_in_all(self) -> int:
+        """Samples of all sessions of this peer that count."""
+        return self.counted_before + self.counted
 
     @property
     def state(self) -> str:
