@@ -52,6 +52,7 @@ FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 NO_KEEPING = {"Cache-Control": "no-store"}
 _SESSION_SECONDS = 14 * 24 * 3600
 _MOST_FIELDS = 400
+_PATIENCE = 10.0  # seconds until another request makes what one began to make
 _SHOWN_QUERY = ("code", "q", "state", "page", "by", "window")
 _HERE = Path(__file__).parent
 
@@ -337,15 +338,20 @@ class Site:
         return self._templates.get_template(template).render(content)
 
     def kept(self, key: str, seconds: float, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made anew after so many seconds, for each language: what many pages ask for at once."""
+        """What `make` returns, made anew after so many seconds, for each language: what many pages ask for at once.
+
+        While one request makes it anew, the others get what was there before.
+        """
         at = (key, speech.language())
         with self._lock:
             known = self._kept.get(at)
-            if known is not None and time.monotonic() - known[0] < seconds:
+            if known is not None and time.monotonic() < known[0]:
                 return known[1]
+            if known is not None:
+                self._kept[at] = (time.monotonic() + _PATIENCE, known[1])
         value = make()
         with self._lock:
-            self._kept[at] = (time.monotonic(), value)
+            self._kept[at] = (time.monotonic() + seconds, value)
         return value
 
     def _route_class(self) -> type[APIRoute]:
