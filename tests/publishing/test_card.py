@@ -1,6 +1,7 @@
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from markdown_it.token import Token
 
 from kantha.cli.publish import export_run, training_facts
 from kantha.coordinator import ledger as ledger_module
+from kantha.coordinator.allowlist import Allowlist, Person
+from kantha.coordinator.database import Database
 from kantha.coordinator.ledger import Ledger
+from kantha.coordinator.polls import Polls
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.status import HeldoutStatus
 from kantha.errors import PublishingError
 from kantha.evaluation import FilledMask
-from kantha.publishing.card import Contributor, Model, TrainingFacts, write_card
+from kantha.publishing.card import Contributor, Model, NamePoll, TrainingFacts, write_card
 from kantha.publishing.picture import HeldoutLoss, RoundLoss, draw_losses
 from kantha.publishing.scores import Metric, Score, load_scores
 from kantha.spec import FileSource, HuggingFaceSource, RunSpec, ShobdoSource
@@ -312,6 +316,44 @@ def test_samples_of_unknown_loss_are_in_the_card_and_not_in_its_curve(
     assert known.contributors == [Contributor("Rafiq", 70, 0.0)]
     export_run(run_path, tmp_path / "model")
     assert "`Rafiq` | 70" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_name_that_the_community_chose_stays_text(tiny_spec: RunSpec, text: str) -> None:
+    def with_names(*names: str) -> str:
+        poll = NamePoll([(name, 2) for name in names], 3)
+        return parts_of(card_of(tiny_spec, replace(facts(), name_poll=poll)))[1]
+
+    for plain, hostile in ((["x"], [text]), (["x", "y"], [text, "y"])):
+        found, expected = (tokens_of(with_names(*names)) for names in (hostile, plain))
+        assert [token.type for token in found] == [token.type for token in expected]
+        assert [child.type for token in found for child in token.children or () if child.type == "link_open"] == [
+            child.type for token in expected for child in token.children or () if child.type == "link_open"
+        ]
+
+
+def test_the_card_says_which_name_was_chosen_when_the_poll_has_closed(run_path: Path) -> None:
+    database = Database(run_path / "ledger.sqlite")
+    allowlist = Allowlist(database)
+    polls, now = Polls(database, allowlist, "local"), time.time()
+    polls.make("name", "Its name", "", now - 60, now + 3600, "mod")
+    people = []
+    for name in ("Asha", "Rafiq"):
+        allowlist.sign_in(Person(name, "", "local", ()))
+        people.append(allowlist.standing(name).number)
+    kantha = polls.propose("name", "কাঁথা", people[0])
+    polls.vote("name", kantha, people[1])
+    polls.propose("name", "Shobdo", people[1])
+    assert training_facts(run_path / "ledger.sqlite", 0).name_poll is None, "it is open still"
+    polls.close("name", "mod")
+    database.close()
+    known = training_facts(run_path / "ledger.sqlite", 0)
+    assert known.name_poll == NamePoll([("কাঁথা", 2), ("Shobdo", 1)], 2)
+    spec = RunDirectory.open(run_path).spec
+    card = card_of(spec, known)
+    assert "named it **কাঁথা**; 2 members voted" in card
+    assert ["Shobdo", "1"] in cells_of(card)
+    assert "## Its name" not in card_of(spec, replace(known, name_poll=NamePoll([("x", 0)], 0)))
 
 
 def test_the_same_losses_give_the_same_picture(tmp_path: Path) -> None:

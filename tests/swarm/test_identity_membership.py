@@ -1,3 +1,4 @@
+import json
 import os
 import stat
 import time
@@ -18,6 +19,7 @@ from kantha.swarm.membership import (
     LIFETIME,
     MOST_NOTICE,
     OLD_KEY_SECONDS,
+    Announcement,
     Certificate,
     MembershipRequest,
     Notice,
@@ -295,6 +297,72 @@ def test_a_notice_that_is_not_the_organizer_s_changes_nothing(run_key: RunKey, t
         with pytest.raises(MembershipError):
             trust.take(text)
     assert (trust.number, trust.run_key) == (0, run_key.public_key)
+
+
+ANNOUNCED = Announcement(id=1, text="সভা আজ রাতে", time=1, until=2**40)
+
+
+def test_a_notice_tells_announcements_and_that_the_run_is_paused(run_key: RunKey) -> None:
+    trust = Trust(RUN, run_key.public_key)
+    over = ANNOUNCED.model_copy(update={"id": 2, "until": 2})
+    notice = run_key.notify(RUN, {}, announcements=[ANNOUNCED, over], paused="the text is mended")
+    assert trust.take(notice.model_dump_json())
+    assert (trust.announcements, trust.paused) == ((ANNOUNCED,), "the text is mended")
+    assert Trust(RUN, run_key.public_key).take(trust.notice), "a peer hands it on as it is"
+    assert trust.take(run_key.notify(RUN, {}, after=notice.number).model_dump_json())
+    assert (trust.announcements, trust.paused) == ((), "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"paused": ""},
+        {"paused": "for ever"},
+        {"announcements": ()},
+        {"announcements": (ANNOUNCED.model_copy(update={"text": "send money"}),)},
+        {"announcements": (ANNOUNCED.model_copy(update={"until": 2**41}),)},
+    ],
+)
+def test_nobody_else_announces_or_pauses(run_key: RunKey, change: dict[str, object]) -> None:
+    trust = Trust(RUN, run_key.public_key)
+    notice = run_key.notify(RUN, {}, announcements=[ANNOUNCED], paused="the text is mended")
+    with pytest.raises(MembershipError, match="not signed"):
+        trust.take(notice.model_copy(update=change).model_dump_json())
+    assert (trust.number, trust.announcements, trust.paused) == (0, (), "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"paused": "x" * 301},
+        {"paused": "a\nb"},
+        {"announcements": [ANNOUNCED.model_dump()] * 4},
+        {"announcements": [{**ANNOUNCED.model_dump(), "text": "\x1b[2J"}]},
+        {"announcements": [{**ANNOUNCED.model_dump(), "text": ""}]},
+        {"announcements": [{**ANNOUNCED.model_dump(), "link": "https://example.org"}]},
+    ],
+)
+def test_not_even_the_run_s_key_makes_a_notice_of_anything(run_key: RunKey, change: dict[str, object]) -> None:
+    fields = run_key.notify(RUN, {}).model_dump(mode="json", exclude={"signature"}) | change
+    content = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    with pytest.raises(MembershipError, match="damaged, too long"):
+        Trust(RUN, run_key.public_key).take(json.dumps(fields | {"signature": run_key.sign(content).hex()}))
+
+
+def test_a_notice_from_before_there_were_announcements_is_believed(run_key: RunKey) -> None:
+    """A run that is served by a newer program has one in its database, its volunteers in their folders."""
+    fields = {"run": RUN, "number": 5, "revoked": {"a" * 16: 1}, "changes": []}
+    content = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    trust = Trust(RUN, run_key.public_key)
+    assert trust.take(json.dumps(fields | {"signature": run_key.sign(content).hex()}))
+    assert trust.is_revoked("a" * 16)
+
+
+def test_the_longest_notice_still_fits(run_key: RunKey) -> None:
+    revoked = {f"{number:016x}": 2**40 for number in range(5_000)}
+    changes = [run_key.change_to(run_key.public_key, RUN)] * 100
+    long = [ANNOUNCED.model_copy(update={"text": "ক" * 300})] * 3
+    assert len(run_key.notify(RUN, revoked, changes, 0, long, "ক" * 300).model_dump_json().encode()) < MOST_NOTICE
 
 
 # ---- a new run key

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,17 +22,22 @@ from kantha.corpus import Batch, ExampleStream, Feed
 from kantha.errors import DigestError, ProcessEndedError
 from kantha.spec import RunSpec, ScheduleState
 from kantha.swarm.identity import PeerIdentity
-from kantha.swarm.membership import Trust
+from kantha.swarm.membership import RunKey, Trust
 from kantha.swarm.reports import FailedRound, Roster
 from kantha.swarm.rounds import Phase
+from kantha.swarm.rounds_engine import RoundResult
 from kantha.training import Replica, Trainer
 from kantha.volunteer import join as module
 from kantha.volunteer.client import CoordinatorClient
 from kantha.volunteer.console import VolunteerConsole
 from kantha.volunteer.folders import PeerFolder
 from kantha.volunteer.join import JoinOptions, fetch_tokenizer, join, load_state, open_stream, train
-from kantha.volunteer.membership import Applicant, enter
+from kantha.volunteer.membership import Applicant, News, enter
 from kantha.volunteer.session import Session
+
+
+def news(trust: Trust | None = None) -> News:
+    return News(trust or Trust("0f" * 32, "0f" * 32), PeerFolder("0f" * 32, "Asha"))
 
 
 class FakeEngine:
@@ -134,6 +140,13 @@ class SwarmOfOne:
         self.left, self.stop, self.samples = gradients, threading.Event(), 0
         self.failures: list[FailedRound] = []
         self.roster = Roster()
+        self.results: list[RoundResult] = []
+        self.looks: list[Callable[[], object]] = []  # what happens while nothing is computed, one thing a look
+
+    def ended_round(self) -> RoundResult | None:
+        if self.looks:
+            self.looks.pop(0)()
+        return self.results.pop(0) if self.results else None
 
     def hold(self) -> AbstractContextManager[int]:
         return nullcontext(0)
@@ -162,11 +175,11 @@ def test_ctrl_c_ends_a_volunteer_whose_text_does_not_come(
     monkeypatch.setattr(stream, "next_batch", lambda _size: hangs.wait(60.0))
     session = Session("a device", engine)  # type: ignore[arg-type]
     monkeypatch.setattr("kantha.volunteer.console._PLAIN_SECONDS", 0.0)
-    screen = VolunteerConsole("tiny", "", "Asha", session, engine, Console(file=said, width=200), engine.stop)  # type: ignore
+    screen = VolunteerConsole("tiny", "", "Asha", session, engine, news(), Console(file=said, width=200), engine.stop)  # type: ignore
     trainer, replica = Trainer(tiny_spec, torch.device("cpu")), Replica(tiny_spec)
     with Feed(stream, 8) as feed:
         folder = PeerFolder(tiny_spec.fingerprint, "Asha")
-        train(feed, trainer, engine, replica, session, screen, folder, engine.stop)  # type: ignore[arg-type]
+        train(feed, trainer, engine, replica, session, screen, news(), folder, engine.stop)  # type: ignore[arg-type]
         hangs.set()
     assert engine.samples == 0
     assert "waiting for text" in said.getvalue()
@@ -195,17 +208,115 @@ def test_a_batch_for_which_memory_does_not_suffice_is_told_once_and_later_ones_a
         "Asha",
         session,
         engine,
+        news(),
         Console(file=said, width=200),
         engine.stop,  # type: ignore[arg-type]
     )
     with Feed(ExampleStream(tiny_spec, tiny_tokenizer, 3), trainer.micro_batch, ahead=4) as feed:
         folder = PeerFolder(tiny_spec.fingerprint, "Asha")
-        train(feed, trainer, engine, replica, session, screen, folder, engine.stop)  # type: ignore[arg-type]
+        train(feed, trainer, engine, replica, session, screen, news(), folder, engine.stop)  # type: ignore[arg-type]
     assert said.getvalue().splitlines() == ["memory did not suffice: from now on 2 examples at once; nothing is lost"]
     assert tried[:6] == [8, 4, 2, 2, 2, 2]
     assert set(tried[2:]) == {2}
     assert engine.samples == sum(tried[2:])  # every sample was computed, and only once
     assert engine.samples < 40 * 8  # the feed makes smaller ones by now
+
+
+# ---- the run is paused
+
+
+@pytest.fixture
+def paused_run(tmp_path: Path) -> tuple[RunKey, Trust]:
+    """What the moderators of a run sign with, and what a volunteer has heard of them: it is paused."""
+    key, run = RunKey.generate(tmp_path / "run.pem"), "0f" * 32
+    trust = Trust(run, key.public_key)
+    trust.take(key.notify(run, {}, paused="the text is being mended").model_dump_json())
+    return key, trust
+
+
+def train_alone(engine: SwarmOfOne, spec: RunSpec, tokenizer: Tokenizer, heard: Trust) -> tuple[Session, str]:
+    said, session = io.StringIO(), Session("a device", engine)  # type: ignore[arg-type]
+    told = news(heard)
+    screen = VolunteerConsole(
+        "tiny",
+        "",
+        "Asha",
+        session,
+        engine,  # type: ignore[arg-type]
+        told,
+        Console(file=said, width=200),
+        engine.stop,
+    )
+    trainer, replica = Trainer(spec, torch.device("cpu")), Replica(spec)
+    with Feed(ExampleStream(spec, tokenizer, 3), 2) as feed:
+        folder = PeerFolder(spec.fingerprint, "Asha")
+        train(feed, trainer, engine, replica, session, screen, told, folder, engine.stop)  # type: ignore[arg-type]
+    return session, said.getvalue()
+
+
+def test_a_volunteer_of_a_paused_run_computes_nothing_until_it_goes_on(
+    tiny_spec: RunSpec,
+    tiny_tokenizer: Tokenizer,
+    paused_run: tuple[RunKey, Trust],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_HAND_OVER_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_PAUSED_SECONDS", 0.01)
+    key, trust = paused_run
+    engine, seen = SwarmOfOne(gradients=3), []
+
+    def look() -> None:
+        seen.append(engine.samples)
+        if len(seen) == 2:  # the round that was being averaged
+            engine.results.append(RoundResult(round=8, lineage="x", samples=0, peers=3, lost=0))
+        if len(seen) == 4:
+            trust.take(key.notify(trust.run, {}, after=trust.number).model_dump_json())
+
+    engine.looks = [look] * 4
+    session, said = train_alone(engine, tiny_spec, tiny_tokenizer, trust)
+    assert seen == [0, 0, 0, 0]
+    assert engine.samples == 3 * 2, "it goes on when the run does"
+    lines = said.splitlines()
+    assert "the text is being mended" in lines[0]
+    assert "goes on by itself" in lines[0]
+    assert "round 8" in lines[1]
+    assert lines[2:] == ["▶ the run goes on"]
+    assert session.state == "training"
+
+
+def test_a_volunteer_of_a_paused_run_may_leave(
+    tiny_spec: RunSpec,
+    tiny_tokenizer: Tokenizer,
+    paused_run: tuple[RunKey, Trust],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_PAUSED_SECONDS", 0.01)
+    engine = SwarmOfOne(gradients=3)
+    engine.looks = [lambda: None, engine.stop.set]
+    _, said = train_alone(engine, tiny_spec, tiny_tokenizer, paused_run[1])
+    assert engine.samples == 0
+    assert "▶" not in said
+
+
+def test_the_time_of_a_pause_is_not_lost_to_the_network(
+    tiny_spec: RunSpec,
+    tiny_tokenizer: Tokenizer,
+    paused_run: tuple[RunKey, Trust],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_HAND_OVER_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_PAUSED_SECONDS", 30.0)
+    key, trust = paused_run
+    engine, clock = SwarmOfOne(gradients=2), time.monotonic
+
+    def resume(*_: object) -> None:
+        monkeypatch.setattr("kantha.volunteer.join.time.monotonic", lambda: clock() + 1000.0)
+        trust.take(key.notify(trust.run, {}, after=trust.number).model_dump_json())
+
+    monkeypatch.setattr(engine.stop, "wait", resume)
+    session, _ = train_alone(engine, tiny_spec, tiny_tokenizer, trust)
+    assert session.pace
+    assert session._total.waited < 100.0
 
 
 # ---- who joins

@@ -24,7 +24,9 @@ from kantha.api import Admission as Admitted
 from kantha.api import Waiting
 from kantha.coordinator.admission import PAIRING_SECONDS, Admission, SignIn
 from kantha.coordinator.allowlist import Allowlist, State
+from kantha.coordinator.bulletin import Bulletin
 from kantha.coordinator.database import Database
+from kantha.coordinator.polls import Polls
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
@@ -60,6 +62,8 @@ class Served:
             self.allowlist,
             now=lambda: time.time() + self.later,
         )
+        self.bulletin = Bulletin(database)
+        self.polls = Polls(database, self.allowlist, self.sign_in)
 
     def status(self) -> RunStatus:
         return RunStatus(
@@ -772,9 +776,9 @@ def test_one_click_approves_and_it_is_kept_who_did_it(moderator: Browser, browse
     done = moderator.post("/desk", name="asha", action="approve")
     assert (done.status_code, done.headers["location"]) == (303, "./desk")
     desk = moderator.get("/desk").text
-    assert "approve: asha ✅" in desk
+    assert "Approve: asha ✅" in desk
     assert "Nobody waits" in desk
-    assert "approve: asha ✅" not in moderator.get("/desk").text  # it is said once
+    assert "Approve: asha ✅" not in moderator.get("/desk").text  # it is said once
     decision = served.allowlist.log()[0]
     assert (decision.by, decision.action, decision.username) == ("mitu", "approve", "asha")
     assert "✅ You are in" in asha.get("/me").text
@@ -833,11 +837,11 @@ def test_people_are_found_by_name_and_state_and_shown_in_pages(moderator: Browse
     served.allowlist.decide(["person007"], "ban", "organizer", "spam")
     page = moderator.get("/desk", params={"state": "approved"}).text
     assert page.count('class="person-row"') == 50
-    later = unescape(re.findall(r'href="desk(\?[^"]+)"', page)[0])
+    later = unescape(re.findall(r'href="./desk(\?[^"]+)"', page)[0])
     assert moderator.get(f"/desk{later}").text.count('class="person-row"') == 9
     page = moderator.get("/desk", params={"q": "SON007"}).text
     assert page.count('class="person-row"') == 1
-    assert "banned by organizer" in text_of(moderator.get("/desk", params={"q": "person007"}))
+    assert "banned · by organizer" in text_of(moderator.get("/desk", params={"q": "person007"}))
     assert moderator.get("/desk", params={"q": HOSTILE, "state": "moon"}).status_code == 200
     assert HOSTILE not in moderator.get("/desk", params={"q": HOSTILE}).text
 

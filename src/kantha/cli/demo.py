@@ -24,8 +24,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from kantha.cli.anneal import anneal_run
 from kantha.cli.publish import export_run
+from kantha.coordinator.annealing import anneal_run
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.status import RunStatus

@@ -200,7 +200,7 @@ def anneal(
 
     Most of the last gain comes in this phase, so leave time for it. The running swarm takes the order up by itself.
     """
-    from kantha.cli.anneal import anneal_run
+    from kantha.coordinator.annealing import anneal_run
 
     anneal_run(run_dir, samples, cancel, _say)
 

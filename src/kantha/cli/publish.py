@@ -4,11 +4,15 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kantha.coordinator.allowlist import Allowlist
+from kantha.coordinator.database import Database
 from kantha.coordinator.ledger import Ledger
+from kantha.coordinator.polls import NAME_POLL, Polls, PollState
 from kantha.coordinator.rundir import LEDGER_FILE
 from kantha.publishing import (
     Contributor,
     HeldoutLoss,
+    NamePoll,
     RoundLoss,
     Score,
     TrainingFacts,
@@ -43,6 +47,7 @@ def training_facts(path: Path, last_round: int) -> TrainingFacts:
         people = ledger.people(last_round)
         failures = ledger.failures()
         devices = ledger.seconds_by_device(last_round)
+        name_poll = _name_poll(ledger.database)
     finally:
         ledger.close()
     computing = sum(person.seconds for person in people)
@@ -71,7 +76,17 @@ def training_facts(path: Path, last_round: int) -> TrainingFacts:
         computing_share=computing / present if present else None,
         seconds_by_device=devices,
         contributors=[Contributor(person.username, person.samples, person.seconds) for person in people],
+        name_poll=name_poll,
     )
+
+
+def _name_poll(database: Database) -> NamePoll | None:
+    """None: it has not closed, or there was none."""
+    polls = Polls(database, Allowlist(database), "local")
+    poll = polls.poll(NAME_POLL)
+    if poll is None or poll.state != PollState.CLOSED:
+        return None
+    return NamePoll([(entry.text, entry.votes) for entry in polls.entries(NAME_POLL)], poll.voters)
 
 
 def publish_run(

@@ -16,7 +16,8 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from kantha import api
-from kantha.coordinator.allowlist import Allowlist, Person, Standing, State
+from kantha.coordinator.allowlist import Allowlist, Person, Standing, State, note_decision
+from kantha.coordinator.bulletin import Bulletin
 from kantha.coordinator.database import Database, Table
 from kantha.coordinator.leases import LEASE_SECONDS, Granted, Instance, Lease, end_leases, instances, revoke
 from kantha.coordinator.ledger import enter_member
@@ -115,6 +116,7 @@ class Admission:
         :param key: the run's newest
         :param changes: of the run's key, oldest first
         """
+        self._bulletin = Bulletin(database, now)
         self._sign_in = sign_in
         self._database = database
         self._spec = spec
@@ -368,7 +370,7 @@ class Admission:
     # ---- what all peers are told
 
     def notice(self) -> str:
-        """The newest, as JSON; made anew where certificates were revoked, by whatever program, or the key changed."""
+        """The newest, as JSON; made anew where it would not say what is true by now, whatever program changed that."""
         with self._database.reading() as session:
             newest = self._told(session, self._revoked(session))
         if newest is not None:
@@ -386,7 +388,8 @@ class Admission:
             key, changes = self._key, self._changes
         row = session.get(_LastNotice, 1)
         number = Notice.model_validate_json(row.notice).number if row is not None else 0
-        notice = key.notify(self._spec.fingerprint, revoked, changes, after=number)
+        announcements, paused = self._bulletin.told(session)
+        notice = key.notify(self._spec.fingerprint, revoked, changes, number, announcements, paused)
         session.merge(_LastNotice(id=1, signer=key.public_key, notice=notice.model_dump_json()))
         return notice.model_dump_json()
 
@@ -397,8 +400,9 @@ class Admission:
             return None
         last = Notice.model_validate_json(row.notice)
         with self._lock:
-            says = (revoked, self._changes, self._key.public_key)
-        return row.notice if (last.revoked, last.changes, row.signer) == says else None
+            says = (revoked, self._changes, self._key.public_key, *self._bulletin.told(session))
+        said = (last.revoked, last.changes, row.signer, last.announcements, last.paused)
+        return row.notice if said == says else None
 
     def _revoked(self, session: Session) -> dict[str, int]:
         """When each revoked certificate ends, by its serial; for a little longer than any clock may be slow."""
@@ -425,6 +429,25 @@ class Admission:
         with self._database.reading() as session:
             person = self._allowlist.number(session, username)
             return instances(session, self._allowlist.numbers(session), person, self._now())
+
+    def all_leases(self) -> list[Instance]:
+        """All machines that have a place now; the oldest first."""
+        with self._database.reading() as session:
+            return instances(session, self._allowlist.numbers(session), now=self._now())
+
+    def end_lease(self, peer_id: str, by: str) -> str:
+        """Free the place of a machine; returns whose. One that is alive asks for it again.
+
+        Raises `MembershipError` where it has none.
+        """
+        with self._database.session() as session:
+            lease = session.get(Lease, peer_id)
+            if lease is None:
+                raise MembershipError("that machine has no place any more")
+            username = self._allowlist.numbers(session).get(lease.person, "?")
+            note_decision(session, self._now(), by, "end lease", username, lease.instance or lease.service)
+            end_leases(session, Lease.peer_id == peer_id)
+        return username
 
     def restart(self) -> None:
         """The coordinator was away: leases that were alive when it stopped live on, for their peers to renew them."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, TypeVar
 
-from sqlalchemy import String, func, select
+from sqlalchemy import Select, String, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from kantha.coordinator.database import Database, Table
@@ -208,6 +208,15 @@ class Allowlist:
         with self._database.reading() as session:
             return {State(state): number for state, number in session.execute(query)}
 
+    def usernames(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Of these people, by their number; of those that are known."""
+        found: dict[int, str] = {}
+        with self._database.reading() as session:
+            for some in _portions(list(numbers)):
+                query = select(_Person.id, _Person.username).where(_Person.id.in_(some))
+                found |= dict(session.execute(query).all())
+        return found
+
     # ---- decisions
 
     def decide(self, usernames: Iterable[str], action: Action, by: str, reason: str = "") -> list[Standing]:
@@ -218,7 +227,7 @@ class Allowlist:
         :param by: who decides
         :param reason: told to the person; needed for all but `approve`
         """
-        reason = _one_line(reason, MOST_REASON, "a reason")
+        reason = one_line(reason, MOST_REASON, "a reason")
         if not reason and action != "approve":
             raise MembershipError(f"to {action} somebody takes a reason, which that person is told; give one")
         state = _STATE_AFTER[action]
@@ -268,6 +277,11 @@ class Allowlist:
         query = select(_Decision).order_by(_Decision.id.desc()).limit(limit)
         with self._database.reading() as session:
             return [Decision(row.time, row.by, row.action, row.username, row.reason) for row in session.scalars(query)]
+
+    def note(self, by: str, action: str, reason: str = "") -> None:
+        """Into the log, what is no decision about a person."""
+        with self._database.session() as session:
+            note_decision(session, self._now(), by, action, reason=reason)
 
     # ---- for admission: in a transaction of its own
 
@@ -385,10 +399,23 @@ class Allowlist:
                 revoke(session, Granted.person.in_(people))
 
     def _note(self, session: Session, by: str, action: str, username: str, reason: str = "") -> None:
-        session.add(_Decision(time=self._now(), by=by, action=action, username=username, reason=reason))
+        note_decision(session, self._now(), by, action, username, reason)
 
     def _standing(self, row: _Person) -> Standing:
         return Standing(row.username, State(row.state), row.reason, row.since, row.by, row.is_moderator, row.id)
+
+
+def kept_out() -> Select[int]:
+    """The numbers of all whom a moderator keeps out."""
+    return select(_Person.id).where(_Person.state.in_(_SHUT_OUT))
+
+
+def note_decision(session: Session, now: float, by: str, action: str, username: str = "", reason: str = "") -> None:
+    """Into the log of who did what, in the transaction that does it.
+
+    :param username: whom it is about; empty: everybody
+    """
+    session.add(_Decision(time=now, by=by, action=action, username=username, reason=reason))
 
 
 def parse_names(text: str) -> list[str]:
@@ -433,13 +460,14 @@ def _fold(name: str) -> str:
 
 
 def _username(name: str) -> str:
-    name = _one_line(name.removeprefix("@"), _MOST_USERNAME, "a username")
+    name = one_line(name.removeprefix("@"), _MOST_USERNAME, "a username")
     if not name:
         raise MembershipError("a username is empty; give one")
     return name
 
 
-def _one_line(text: str, most: int, what: str) -> str:
+def one_line(text: str, most: int, what: str) -> str:
+    """What a person wrote, without space around it. Raises `MembershipError` where it is longer, or not one line."""
     text = text.strip()
     if len(text) > most or printable(text, most) != text:
         raise MembershipError(f"{printable(text, 60)!r} cannot be {what}: one line of at most {most} characters")

@@ -16,10 +16,12 @@ from kantha import __version__
 from kantha.api import RemoteFile, RunDescription, Snapshot
 from kantha.coordinator.admission import Admission, SignIn
 from kantha.coordinator.allowlist import Allowlist
+from kantha.coordinator.bulletin import Bulletin
 from kantha.coordinator.database import Database
 from kantha.coordinator.evaluator import Evaluator
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.notifier import Notifier
+from kantha.coordinator.polls import Polls
 from kantha.coordinator.rundir import TOKENIZER_FILE, RunDirectory
 from kantha.coordinator.status import RunStatus, VolunteerStatus
 from kantha.digests import digest_of
@@ -30,6 +32,7 @@ from kantha.errors import (
     RunDirectoryError,
     StorageError,
     SwarmError,
+    printable,
 )
 from kantha.swarm.guard import Guard
 from kantha.swarm.membership import RENEWAL
@@ -132,11 +135,14 @@ class Coordinator:
         self.allowlist = Allowlist(database, self._notifier.tell)
         key, changes = self.run.key(), self.run.key_changes()
         self.admission = Admission(database, self.run.spec, key, self.sign_in, self.allowlist, changes=changes)
+        self.bulletin = Bulletin(database)
+        self.polls = Polls(database, self.allowlist, self.sign_in)
         self.admission.restart()
         self._key_changed = self.run.key_changed()
         self._look_after = 0.0  # time.monotonic() until which nobody looks for a new key, or a new notice
         self._certify_after = 0.0  # time.monotonic() until which the coordinator's own certificate is good enough
         self._told = ""  # the notice that the swarm was told
+        self._said_paused = ""  # why the run is paused, as it was said last
 
     def start(self) -> None:
         self._notifier.start()
@@ -216,6 +222,7 @@ class Coordinator:
         self._look_after = time.monotonic() + _NOTICE_SECONDS
         try:
             self._take_up_key()
+            self.polls.close_due()
             notice = self.admission.notice()
         except (StorageError, RunDirectoryError) as error:
             self._look_after = time.monotonic() + _STORAGE_RETRY
@@ -224,9 +231,19 @@ class Coordinator:
         if notice != self._told:
             self._node.take_notice(notice)
             self._told = notice
+            self._say_whether_paused()
         if time.monotonic() >= self._certify_after:
             self._node.set_certificate(self.admission.averager_certificate(self._node.peer_id))
             self._certify_after = time.monotonic() + RENEWAL
+
+    def _say_whether_paused(self) -> None:
+        pause = self.bulletin.paused()
+        paused = pause.reason if pause is not None else ""
+        if paused != self._said_paused:
+            self._said_paused = paused
+            self._say(
+                f"the run is paused: {printable(paused)}; volunteers stop computing" if paused else "the run goes on"
+            )
 
     def _take_up_key(self) -> None:
         """Look for a key that `kantha rotate-key` drew."""
@@ -428,6 +445,7 @@ class Coordinator:
             failed_rounds=sum(round.failed for round in rounds),
             computing_share=self._ledger.computing_share(),
             checkpoint_round=self._checkpoint_round,
+            paused=pause.reason if (pause := self.bulletin.known()[1]) is not None else "",
             learning_rate=self._engine.learning_rate,
             annealed=self._engine.schedule_state.annealed,
             volunteers=sorted(

@@ -67,6 +67,7 @@ class RunStatus(BaseModel):
     )
     checkpoint_round: int = Field(description="Round of the newest checkpoint.")
     learning_rate: float = Field(description="Of the step that ends the running round.")
+    paused: str = Field("", description="Why the moderators paused the run; empty: it goes on.")
     annealed: float | None = Field(
         None,
         description="Share of the annealing that is done, 0 to 1; at 1 the run is finished. None: it was not ordered.",

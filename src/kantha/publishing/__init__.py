@@ -1,6 +1,6 @@
 """From a checkpoint to a model that anyone can use."""
 
-from kantha.publishing.card import Contributor, TrainingFacts
+from kantha.publishing.card import Contributor, NamePoll, TrainingFacts
 from kantha.publishing.export import export_model, find_checkpoint
 from kantha.publishing.picture import HeldoutLoss, RoundLoss
 from kantha.publishing.scores import Score, load_scores
@@ -9,6 +9,7 @@ from kantha.publishing.upload import check_publishing, upload_model
 __all__ = [
     "Contributor",
     "HeldoutLoss",
+    "NamePoll",
     "RoundLoss",
     "Score",
     "TrainingFacts",

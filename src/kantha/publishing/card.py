@@ -22,6 +22,7 @@ from kantha.publishing.scores import Metric, Score
 from kantha.spec import FileSource, HuggingFaceSource, RunSpec, ScheduleState, ShobdoSource, Source
 
 _HOUR = 3600.0
+_MOST_NAMES = 20  # of the poll
 _BEGINNING = ScheduleState()
 _OPTIMIZERS = {"lamb": "LAMB (You et al. 2020)", "adamw": "AdamW (Loshchilov and Hutter 2019)"}
 
@@ -33,6 +34,14 @@ class Contributor:
     name: str
     samples: int
     seconds: float  # spent computing
+
+
+@dataclass(frozen=True)
+class NamePoll:
+    """What the community chose as the model's name: the final counts."""
+
+    votes: Sequence[tuple[str, int]]  # by name, most first
+    voters: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class TrainingFacts:
     computing_share: float | None  # of the volunteers' time
     seconds_by_device: Mapping[str | None, float]  # spent computing; None: on what is not known
     contributors: Sequence[Contributor]  # most samples first
+    name_poll: NamePoll | None = None  # None: there was none, or it has not closed
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ def write_card(model: Model, facts: TrainingFacts | None, scores: Sequence[Score
     """
     parts = [
         *_introduction(model, facts),
+        *(_name(facts.name_poll) if facts and facts.name_poll else ()),
         *_usage(model),
         *_examples(model.examples),
         *_scores(scores),
@@ -146,6 +157,20 @@ def _introduction(model: Model, facts: TrainingFacts | None) -> Iterator[str]:
         f"[Kantha](https://pypi.org/project/kantha/): {model.round:,} {_plural(model.round, 'round')} of about "
         f"{spec.swarm.target_batch_size:,} examples each."
     )
+
+
+def _name(poll: NamePoll) -> Iterator[str]:
+    most = poll.votes[0][1] if poll.votes else 0
+    if not most:
+        return
+    chosen = [_text(name) for name, votes in poll.votes if votes == most]
+    took_part = f"{poll.voters:,} {_plural(poll.voters, 'member')} voted"
+    yield "## Its name"
+    if len(chosen) == 1:
+        yield f"Its community named it **{chosen[0]}**; {took_part}, each for as many names as they liked."
+    else:
+        yield f"{', '.join(chosen)} had as many votes; {took_part}, each for as many names as they liked."
+    yield _table(("name", "votes"), ((_code(name), f"{votes:,}") for name, votes in poll.votes[:_MOST_NAMES]))
 
 
 def _usage(model: Model) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 A volunteer proves that it holds a peer's key (`PeerRequest`) and gets a certificate bound to that peer id. Peers verify
 certificates with the run's public key alone (`Trust`), so the coordinator may be away. What the organizer takes back,
-and a new run key, is told by a `Notice`, which every peer hands on.
+a new run key, announcements and that the run is paused are told by a `Notice`, which every peer hands on.
 """
 
 import json
@@ -27,6 +27,8 @@ CLOCK_SKEW = 60  # seconds that two machines' clocks may differ
 OLD_KEY_SECONDS = 900  # that certificates of a replaced run key are still good, for all to get new ones
 MOST_CERTIFICATE = 2_000  # bytes as JSON
 MOST_NOTICE = 256 * 1024  # bytes as JSON
+MOST_ANNOUNCEMENTS = 3  # at once
+MOST_WORDS = 300  # characters of an announcement, and of the reason why a run is paused
 _HEX_KEY = "^[0-9a-f]{64}$"
 
 
@@ -165,14 +167,31 @@ class KeyChange(_Message):
         return self.run == run and _is_signed(self.old, self.canonical(exclude={"signature"}), self.signature)
 
 
+class Announcement(_Message):
+    """What the moderators tell everybody, on the pages and in the consoles of volunteers."""
+
+    id: int = Field(ge=1, le=2**53)
+    text: OneLine = Field(min_length=1, max_length=MOST_WORDS)
+    time: int = Field(ge=0, le=2**53, description="When it was made, seconds since 1970.")
+    until: int = Field(ge=0, le=2**53, description="When it ends, seconds since 1970.")
+
+
 class Notice(_Message):
-    """What the organizer tells all peers: which certificates are revoked, and the run's key now. The newest counts."""
+    """What the organizer tells all peers. The newest counts."""
 
     run: str = Field(pattern="^[0-9a-f]{64}$")
     number: int = Field(ge=1, le=2**53, description="Milliseconds since 1970, or one more than the notice before.")
     revoked: dict[str, int] = Field(max_length=5_000, description="When a revoked certificate ends, by its serial.")
     changes: tuple[KeyChange, ...] = Field((), max_length=100, description="Of the run's key, oldest first.")
-    signature: str = Field("", max_length=128, description="By the run's newest key over all other fields, in hex.")
+    announcements: tuple[Announcement, ...] = Field((), max_length=MOST_ANNOUNCEMENTS, description="Oldest first.")
+    paused: OneLine = Field("", max_length=MOST_WORDS, description="Why nobody shall compute now; empty: go on.")
+    signature: str = Field("", max_length=128, description="By the run's newest key over `content`, in hex.")
+
+    @property
+    def content(self) -> bytes:
+        """What is signed: all other fields, without what it does not tell, as older notices were signed."""
+        empty = {name for name in ("announcements", "paused") if not getattr(self, name)}
+        return self.canonical(exclude={"signature", *empty})
 
 
 class Trust:
@@ -202,6 +221,17 @@ class Trust:
         """The newest notice as JSON, to be handed on; empty: none was heard."""
         return self._notice.model_dump_json() if self._notice is not None else ""
 
+    @property
+    def announcements(self) -> tuple[Announcement, ...]:
+        """That have not ended, oldest first."""
+        told = self._notice.announcements if self._notice is not None else ()
+        return tuple(each for each in told if each.until > time.time())
+
+    @property
+    def paused(self) -> str:
+        """Why nobody shall compute now; empty: the run goes on."""
+        return self._notice.paused if self._notice is not None else ""
+
     def take(self, text: str | bytes) -> bool:
         """Believe a notice if it is newer; returns whether it is. Raises `MembershipError` where it is not genuine."""
         try:
@@ -227,7 +257,7 @@ class Trust:
             chain[at] = (change.old, float(change.old_until))
             chain.append((change.new, float("inf")))
             known.append(change.new)
-        if not _is_signed(known[-1], notice.canonical(exclude={"signature"}), notice.signature):
+        if not _is_signed(known[-1], notice.content, notice.signature):
             raise MembershipError("a notice is not signed by the run's key")
         self._chain, self._notice = chain, notice
         return True
@@ -327,11 +357,25 @@ class RunKey:
         )
         return Certificate(membership=membership, signature=self.sign(membership.canonical()).hex())
 
-    def notify(self, run: str, revoked: Mapping[str, int], changes: Sequence[KeyChange] = (), after: int = 0) -> Notice:
+    def notify(
+        self,
+        run: str,
+        revoked: Mapping[str, int],
+        changes: Sequence[KeyChange] = (),
+        after: int = 0,
+        announcements: Sequence[Announcement] = (),
+        paused: str = "",
+    ) -> Notice:
         """:param after: number of the notice before, which this one must exceed, whatever the clock says"""
-        number = max(time.time_ns() // 10**6, after + 1)
-        notice = Notice(run=run, number=number, revoked=dict(revoked), changes=tuple(changes))
-        return notice.model_copy(update={"signature": self.sign(notice.canonical(exclude={"signature"})).hex()})
+        notice = Notice(
+            run=run,
+            number=max(time.time_ns() // 10**6, after + 1),
+            revoked=dict(revoked),
+            changes=tuple(changes),
+            announcements=tuple(announcements),
+            paused=paused,
+        )
+        return notice.model_copy(update={"signature": self.sign(notice.content).hex()})
 
     def change_to(self, new: str, run: str) -> KeyChange:
         """Name the successor of this key.

@@ -252,6 +252,11 @@ class RoundsEngine:
         self._history.append((now, samples))
         while now - self._history[0][0] > _SPEED_WINDOW:
             self._history.popleft()
+        return self.ended_round()
+
+    def ended_round(self) -> RoundResult | None:
+        """The oldest round that ended and was not told yet. Raises `SwarmError` when the swarm is lost for good."""
+        self.raise_if_failed()
         return self._results.popleft() if self._results else None
 
     @property

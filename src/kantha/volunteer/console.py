@@ -15,6 +15,7 @@ from rich.table import Table
 from kantha.errors import printable
 from kantha.swarm.reports import FailedRound
 from kantha.swarm.rounds_engine import RoundsEngine
+from kantha.volunteer.membership import News
 from kantha.volunteer.session import Session
 
 _PLAIN_SECONDS = 30.0  # between two plain lines while no round ends
@@ -30,6 +31,7 @@ class VolunteerConsole:
         username: str,
         session: Session,
         engine: RoundsEngine,
+        news: News,
         console: Console,
         stop: threading.Event,
     ) -> None:
@@ -38,6 +40,7 @@ class VolunteerConsole:
         self._username = username
         self._session = session
         self._engine = engine
+        self._news = news
         self._console = console
         self._stop = stop
         self._waits_for = ""
@@ -63,6 +66,9 @@ class VolunteerConsole:
         """
         self._waits_for = waits_for
         session = self._session
+        for announcement in self._news.fresh():
+            when = time.strftime("%H:%M", time.localtime(announcement.time))
+            self.say(f"📢 {printable(announcement.text)} (the moderators, {when})")
         for failed in [failed for failed in list(self._engine.failures) if failed not in self._failed]:
             self._failed.append(failed)
             reason = printable(failed.reason)  # it may have been a stranger's word

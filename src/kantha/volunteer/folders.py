@@ -3,7 +3,8 @@
 <run>/run-key                 the run's newest public key, as it was seen
 <run>/<name>-<slot>/          one peer of this machine: peer.key (its libp2p identity), volunteer.log,
                               data.json (where it is in the run's text), notice.json (the organizer's newest),
-                              given.json (how many of its samples count, by its own count)
+                              given.json (how many of its samples count, by its own count),
+                              announced.json (what of it was told)
 <run>/<name>-<slot>/snapshot/ the run's tokenizer, and the coordinator's checkpoint where no peer gave the state
 <run>/<name>-<slot>/swarm/    snapshots that this peer loads, and makes for others
 """
@@ -18,12 +19,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_data_path
+from pydantic import TypeAdapter
 
 from kantha.errors import StorageError, SwarmError
 from kantha.swarm.identity import PeerIdentity
-from kantha.swarm.membership import MOST_NOTICE
+from kantha.swarm.membership import MOST_NOTICE, Announcement
 
 _log = logging.getLogger(__name__)
+_ANNOUNCED = TypeAdapter(tuple[Announcement, ...])
 _SLOTS = 64  # peers of one name on one machine
 _NAME_LENGTH = 40  # of a folder; too long a name is for the membership to refuse, not for the file system
 
@@ -110,6 +113,17 @@ class PeerFolder:
         """The coordinator and the peers tell it again, so a failure is only logged."""
         if notice:
             _note(self.path / "notice.json", notice)
+
+    def load_announced(self) -> tuple[Announcement, ...]:
+        """Announcements that were told here the last time; none where the note is damaged."""
+        try:
+            return _ANNOUNCED.validate_json((self.path / "announced.json").read_bytes())
+        except (OSError, ValueError):
+            return ()
+
+    def save_announced(self, announcements: tuple[Announcement, ...]) -> None:
+        """Without this note they are told once more, so a failure is only logged."""
+        _note(self.path / "announced.json", _ANNOUNCED.dump_json(announcements).decode())
 
     @property
     def log(self) -> Path:

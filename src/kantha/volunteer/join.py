@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from kantha.api import RunDescription
 from kantha.corpus import Batch, ExampleStream, Feed, load_tokenizer
-from kantha.errors import CorpusError, MembershipError, PlatformError, ProcessEndedError, SwarmError
+from kantha.errors import CorpusError, MembershipError, PlatformError, ProcessEndedError, SwarmError, printable
 from kantha.spec import FileSource, RunSpec
 from kantha.swarm.guard import Guard
 from kantha.swarm.identity import PeerIdentity
@@ -37,7 +37,7 @@ from kantha.training import Replica, Trainer, choose_device, describe_device, pe
 from kantha.volunteer.client import CoordinatorClient
 from kantha.volunteer.console import VolunteerConsole, download_progress, state_progress
 from kantha.volunteer.folders import PeerFolder
-from kantha.volunteer.membership import Applicant, Renewal, enter, trust_run
+from kantha.volunteer.membership import Applicant, News, Renewal, enter, trust_run
 from kantha.volunteer.service import find_service
 from kantha.volunteer.session import Session
 from kantha.volunteer.tokens import read_only_token
@@ -46,6 +46,7 @@ _log = logging.getLogger(__name__)
 _HAND_OVER_SECONDS = 1.0
 _KEPT_SECONDS = 600.0  # for a coordinator that is away when the run ends
 _TEXT_SECONDS = 0.5  # between two looks, while a source gives no text, at what else there is to do
+_PAUSED_SECONDS = 0.5  # between two looks whether the run goes on
 _NOTE_SECONDS = 30.0  # between two notes of the place in the data, which a killed program goes on from
 _LARGE = 5_000_000  # bytes from which on a download is worth a line where no bar is drawn
 _NO_PEER_SECONDS = 60.0  # without a piece of the state from any peer, until the checkpoint is downloaded instead
@@ -138,12 +139,15 @@ def _join(url: str, options: JoinOptions, console: Console) -> None:
             load_state(client, spec, folder, engine, console, identity)
             # peers of one run differ in their keys, so the key seeds a walk through the data that is this peer's own
             stream = open_stream(spec, tokenizer, identity.peer_id, folder)
+            news = News(trust, folder)
             with (
                 Feed(stream, trainer.micro_batch) as feed,
-                VolunteerConsole(spec.name, client.url, username, session, engine, console, signals.stop) as screen,
+                VolunteerConsole(
+                    spec.name, client.url, username, session, engine, news, console, signals.stop
+                ) as screen,
             ):
                 signals.stop_ends_loop = True
-                train(feed, trainer, engine, replica, session, screen, folder, signals.stop)
+                train(feed, trainer, engine, replica, session, screen, news, folder, signals.stop)
             renewal.raise_if_ended()  # who may not stay cannot hand anything in either
             if engine.schedule_state.is_finished:
                 _say(console, f"the run is finished: its model is annealed, after round {engine.round}")
@@ -188,13 +192,22 @@ def train(
     replica: Replica,
     session: Session,
     screen: VolunteerConsole,
+    news: News,
     folder: PeerFolder,
     stop: threading.Event,
 ) -> None:
-    """The loop that ties training to swarm, until `stop` is set. It computes all the time: the engine never waits."""
+    """The loop that ties training to swarm, until `stop` is set. It computes all the time: the engine never waits.
+
+    Only while the moderators pause the run, nothing is computed.
+    """
     dropped, version = 0, None
     ended = noted = time.monotonic()
     while not (stop.is_set() or engine.schedule_state.is_finished):
+        if news.paused:
+            folder.save_place(feed.state)
+            wait_while_paused(news, engine, session, screen, stop)
+            ended = time.monotonic()  # nobody waited for the network
+            continue
         with engine.hold() as newest:
             if newest != version:
                 trainer.load(replica.parameters)
@@ -227,6 +240,29 @@ def train(
             folder.save_given(session.counted_in_all)
         screen.tick(round_ended=result is not None)
     folder.save_place(feed.state)
+
+
+def wait_while_paused(
+    news: News, engine: RoundsEngine, session: Session, screen: VolunteerConsole, stop: threading.Event
+) -> None:
+    """Until the moderators let the run go on. What is under way in the swarm is finished meanwhile."""
+    said = ""
+    while (reason := news.paused) and not (stop.is_set() or engine.schedule_state.is_finished):
+        session.paused = reason
+        if reason != said:
+            said = reason
+            screen.say(
+                f"⏸ the moderators paused the run: {printable(reason)} – nothing is lost, and it goes on by itself "
+                "(Ctrl-C leaves)"
+            )
+        result = engine.ended_round()
+        if result is not None:
+            session.ended(result)
+        screen.tick(round_ended=result is not None)
+        stop.wait(_PAUSED_SECONDS)
+    session.paused = ""
+    if not news.paused:
+        screen.say("▶ the run goes on")
 
 
 def _name(description: RunDescription, options: JoinOptions, console: Console) -> str:

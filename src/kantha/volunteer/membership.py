@@ -35,7 +35,7 @@ from kantha.errors import (
 )
 from kantha.spec import Service
 from kantha.swarm.identity import PeerIdentity
-from kantha.swarm.membership import Certificate, DepartureRequest, MembershipRequest, Trust
+from kantha.swarm.membership import Announcement, Certificate, DepartureRequest, MembershipRequest, Trust
 from kantha.volunteer.client import CoordinatorClient
 from kantha.volunteer.folders import PeerFolder
 
@@ -137,6 +137,30 @@ def enter(
         trust.take(answer.notice)
     trust.verify(answer.certificate, applicant.identity.peer_id)
     return answer
+
+
+class News:
+    """What the moderators tell everybody, heard from the coordinator or from any peer."""
+
+    def __init__(self, trust: Trust, folder: PeerFolder) -> None:
+        """:param folder: keeps what was told here, so that it is not told again when the program is started again"""
+        self._trust, self._folder = trust, folder
+        self._told = folder.load_announced()
+
+    @property
+    def paused(self) -> str:
+        """Why nobody shall compute now; empty: the run goes on."""
+        return self._trust.paused
+
+    def fresh(self) -> list[Announcement]:
+        """Announcements that were not told here yet, oldest first; from now on they were."""
+        current = self._trust.announcements
+        if current == self._told:
+            return []
+        fresh = [each for each in current if each not in self._told]
+        self._told = current
+        self._folder.save_announced(current)
+        return fresh
 
 
 class _WaitingRoom:

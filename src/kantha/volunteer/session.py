@@ -5,11 +5,13 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from kantha.errors import printable
 from kantha.swarm.reports import LEFT, ROUNDS_KEPT, Report, RoundReport
 from kantha.swarm.rounds import Phase
 from kantha.swarm.rounds_engine import RoundResult, RoundsEngine
 from kantha.training import Gradients
 
+PAUSED = "paused"
 _STATES = {
     Phase.LOADING: "loading",
     Phase.COMPUTING: "training",
@@ -56,6 +58,7 @@ class Session:
         self.last_round: RoundResult | None = None
         self.counted = 0  # samples in finished rounds
         self.counted_before = counted_before
+        self.paused = ""  # why this machine does not compute now; empty: it does
         self._engine, self._peak = engine, peak_flops
         self._lock = threading.Lock()
         self._rounds: deque[RoundReport] = deque(maxlen=ROUNDS_KEPT)
@@ -128,12 +131,12 @@ class Session:
 
     @property
     def state(self) -> str:
-        return _STATES[self._engine.phase]
+        return PAUSED if self.paused else _STATES[self._engine.phase]
 
     @property
     def speed(self) -> float:
         """Samples per second."""
-        return self._engine.samples_per_second
+        return 0.0 if self.paused else self._engine.samples_per_second
 
     @property
     def computing_share(self) -> float | None:
@@ -188,11 +191,16 @@ class Session:
         with self._lock:
             rounds = list(self._rounds)
         state = LEFT if report.state == LEFT else self.state
-        return report.copy(update={"state": state, "device": self.device, "rounds": rounds})
+        update: dict[str, object] = {"state": state, "device": self.device, "rounds": rounds}
+        if self.paused:
+            update["samples_per_second"] = 0.0  # others would count on samples that do not come
+        return report.copy(update=update)
 
     def next_event(self) -> str:
         """What will happen next, in a sentence."""
         engine = self._engine
+        if self.paused:
+            return f"the moderators paused the run ({printable(self.paused)}); it goes on by itself"
         if engine.phase is Phase.AVERAGING:
             return f"averaging round {engine.round + 1} with the others; computing goes on"
         if engine.phase is Phase.CATCHING_UP:

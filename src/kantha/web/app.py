@@ -18,7 +18,7 @@ from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
 from kantha.errors import LeaseError, MembershipError, SignInError, StorageError, printable
 from kantha.swarm.membership import DepartureRequest, MembershipRequest
-from kantha.web import desk, people, signin
+from kantha.web import desk, people, polls, signin
 from kantha.web.pages import Invitation, page_router
 from kantha.web.site import FORM_TYPES, Site, largest_form, visitor_of
 
@@ -56,7 +56,7 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
         app.add_exception_handler(kind, partial(_tell, code))
     app.add_exception_handler(RequestValidationError, _tell_what_is_malformed)
     app.include_router(page_router(coordinator.status, partial(_invitation, site)), include_in_schema=False)
-    for pages in (people, desk):
+    for pages in (people, desk, polls):
         pages.add_pages(site)
 
     @app.get("/api/v1/run")

@@ -9,6 +9,7 @@ import functools
 import gzip
 import hashlib
 import hmac
+import re
 import secrets
 import threading
 import time
@@ -45,6 +46,7 @@ FORMS = {  # bytes
     "/pair": 4 * 1024,
     "/me": 4 * 1024,
     "/desk": 768 * 1024,
+    "/desk/": 16 * 1024,
     "/name": 8 * 1024,
     "/polls/": 8 * 1024,
 }
@@ -54,6 +56,7 @@ _SESSION_SECONDS = 14 * 24 * 3600
 _MOST_FIELDS = 400
 _PATIENCE = 10.0  # seconds until another request makes what one began to make
 _SHOWN_QUERY = ("code", "q", "state", "page", "by", "window")
+_ADDRESS = re.compile(r"https://[^\s<>\"'`|\\^{}]+")
 _HERE = Path(__file__).parent
 
 _POLICY = {
@@ -140,6 +143,14 @@ def visitor_of(request: Request) -> Visitor | None:
     # who signs in by a name alone has no account that could be called by another name
     standing = site.allowlist.standing(subject) if site.is_local else site.allowlist.account(subject)
     return Visitor(standing, token) if standing is not None and standing.number else None
+
+
+def _visitor_if_known(request: Request) -> Visitor | None:
+    """Also where the database does not answer: the page that says so must not fail as well."""
+    try:
+        return visitor_of(request)
+    except StorageError:
+        return None
 
 
 def _signed_in(request: Request) -> Visitor:
@@ -281,7 +292,12 @@ class Site:
         return f"{self.address}/sign-in?{urlencode({'to': to})}"
 
     def news(self) -> list[News]:
-        return []
+        announcements, pause = self.coordinator.bulletin.known()
+        paused = []
+        if pause is not None:
+            text = _("The run is paused: “%(reason)s” – volunteers wait, and go on by themselves.", reason=pause.reason)
+            paused = [News("paused", text, pause.since)]
+        return paused + [News("announcement", each.text, each.time) for each in announcements]
 
     def may_take_part(self, visitor: Visitor) -> bool:
         """Whether this person is a member: approved or, where nobody has to ask, not kept out."""
@@ -317,7 +333,7 @@ class Site:
         """
         context = {
             "run": self.coordinator.run.spec,
-            "visitor": visitor or visitor_of(request),
+            "visitor": visitor or _visitor_if_known(request),
             "sign_in": self.sign_in_address(request.url.path.removeprefix("/")),
             "is_local": self.is_local,
             "news": self.news(),
@@ -410,11 +426,27 @@ def _marked(text: str) -> Markup:
     )
 
 
+def _linked(text: str) -> Markup:
+    """What moderators wrote; addresses in it that begin with https:// are links, and nothing else is."""
+    parts, end = [], 0
+    for found in _ADDRESS.finditer(text):
+        address = found[0].rstrip(".,:;!?।)]}’”\"'")
+        try:
+            is_plain = bool(urlsplit(address).hostname) and "@" not in urlsplit(address).netloc
+        except ValueError:
+            is_plain = False
+        if is_plain:
+            link = Markup('<a href="{0}" rel="noopener noreferrer nofollow">{0}</a>').format(address)
+            parts += [escape(text[end : found.start()]), link]
+            end = found.start() + len(address)
+    return Markup("").join([*parts, escape(text[end:])])
+
+
 def _make_templates() -> Jinja2Templates:
     templates = Jinja2Templates(_HERE / "templates")
     env: Any = templates.env
     env.add_extension("jinja2.ext.i18n")
-    env.install_gettext_callables(speech.gettext, speech.ngettext, newstyle=True)
+    env.install_gettext_callables(speech.gettext, speech.plural, newstyle=True)
     env.filters.update(
         number=speech.number,
         percent=speech.percent,
@@ -424,6 +456,7 @@ def _make_templates() -> Jinja2Templates:
         day=speech.day,
         digits=speech.digits,
         marked=_marked,
+        linked=_linked,
     )
     # Bokeh's documents refer back to models earlier in them, so `tojson` must leave the order alone.
     env.policies["json.dumps_kwargs"] = {"sort_keys": False}

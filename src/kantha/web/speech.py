@@ -73,6 +73,11 @@ def ngettext(one: str, many: str, count: int, **values: object) -> str:
     return text % {"num": number(count), **values}
 
 
+def plural(one: str, many: str, count: int) -> str:
+    """`ngettext` for templates, which fill in all but `%(num)s` themselves."""
+    return _catalogue(language()).ngettext(one, many, count).replace("%(num)s", number(count))
+
+
 def noop(message: str) -> str:
     """Marks a text that is translated later, where it is used."""
     return message
