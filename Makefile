@@ -35,5 +35,5 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Kantha needs Python 3.11, 3.12 or 3.13; say which one: make PYTHON=python3.12 …" >&2; exit 1; }
 	@echo "setting up .venv (some minutes the first time: PyTorch is large) …"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,duplicates,evaluate]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,duplicates,evaluate,postgresql]'
 	@touch $@

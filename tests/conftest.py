@@ -19,9 +19,11 @@ import uvicorn
 from canaries import _no_secret_is_left  # noqa: F401  a fixture of all tests
 from fastapi import FastAPI
 from peers import Start, starting
+from postgres import PostgresServer, find_programs
 from tokenizers import Tokenizer
 
 from kantha.cli import main as command_line
+from kantha.coordinator.database import Database
 from kantha.coordinator.notifier import Notifier
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.service import Coordinator
@@ -58,7 +60,8 @@ def _only_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.delenv("KANTHA_NOTIFY", raising=False)
+    for name in ("KANTHA_NOTIFY", "KANTHA_DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KANTHA_HOME", str(tmp_path / "kantha-home"))
 
 
@@ -152,6 +155,7 @@ class FakeEngine:
         self.lineage = ""
         self.lineages: dict[int, str] = {}
         self.shares: dict[int, dict[str, float]] = {}
+        self.learning_rates: dict[int, float] = {}
         self.is_ready = True
         self.roster = Roster()
         self.target, self.learning_rate = 64, 1e-2
@@ -197,7 +201,7 @@ def web_coordinator(_web_coordinator: _WebCoordinator, run_path: Path) -> Iterat
     _web_coordinator.take(RunDirectory.open(run_path))
     yield _web_coordinator
     _web_coordinator._notifier.close()
-    _web_coordinator._ledger.close()
+    _web_coordinator.ledger.close()
 
 
 @pytest.fixture(scope="session")
@@ -235,3 +239,34 @@ def free_port() -> int:
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts peers without a model, each a process of its own."""
     yield from starting(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A server of the tests' own."""
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    server = PostgresServer(programs)
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str]:
+    """Of a database of each kind, empty."""
+    if request.param == "sqlite":
+        yield tmp_path / "ledger.sqlite"
+        return
+    postgres: PostgresServer = request.getfixturevalue("postgres")
+    url = postgres.make_database()
+    yield url
+    postgres.take_back(url)
+
+
+@pytest.fixture
+def database(place: Path | str) -> Iterator[Database]:
+    """Empty, of each kind."""
+    database = Database(place)
+    yield database
+    database.close()

@@ -45,8 +45,8 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> list[PeerIdentity]:
 class Coordinator:
     """The books of a coordinator, its clock, and what volunteers send to it."""
 
-    def __init__(self, folder: Path, spec: RunSpec, sign_in: Any) -> None:
-        self.folder, self.spec, self.sign_in = folder, spec, sign_in
+    def __init__(self, folder: Path, place: Path | str, spec: RunSpec, sign_in: Any) -> None:
+        self.place, self.spec, self.sign_in = place, spec, sign_in
         self.run = spec.fingerprint
         self.key = RunKey.generate(folder / "run.pem")
         self.ahead = 0.0  # seconds that have passed by its clock
@@ -55,7 +55,7 @@ class Coordinator:
 
     def start(self) -> None:
         """Also once more, on what the one before has written."""
-        self.database = Database(self.folder / "ledger.sqlite")
+        self.database = Database(self.place)
         self.allowlist = Allowlist(self.database, self.notified.append, self.now)
         self.admission = Admission(self.database, self.spec, self.key, self.sign_in, self.allowlist, self.now)
         self.trust = Trust(self.run, self.key.public_key)
@@ -100,16 +100,16 @@ def spec(tiny_run: Any) -> RunSpec:
 
 
 @pytest.fixture
-def local(tmp_path: Path, spec: RunSpec) -> Iterator[Coordinator]:
-    coordinator = Coordinator(tmp_path, spec, "local")
+def local(tmp_path: Path, place: Path | str, spec: RunSpec) -> Iterator[Coordinator]:
+    coordinator = Coordinator(tmp_path, place, spec, "local")
     yield coordinator
     coordinator.database.close()
 
 
 @pytest.fixture
-def hub(tmp_path: Path, spec: RunSpec) -> Iterator[Coordinator]:
+def hub(tmp_path: Path, place: Path | str, spec: RunSpec) -> Iterator[Coordinator]:
     """Of a run that people sign in to."""
-    coordinator = Coordinator(tmp_path, spec, "huggingface")
+    coordinator = Coordinator(tmp_path, place, spec, "huggingface")
     yield coordinator
     coordinator.database.close()
 
@@ -271,7 +271,7 @@ def test_whoever_is_kept_out_on_the_command_line_stays_out_on_one_machine_too(
     local: Coordinator, machines: list[PeerIdentity]
 ) -> None:
     certificate = local.join(machines[0], username="Asha").certificate
-    Allowlist(Database(local.folder / "ledger.sqlite")).decide(["asha"], "ban", "organizer", "it was a joke")
+    Allowlist(Database(local.place)).decide(["asha"], "ban", "organizer", "it was a joke")
     assert local.is_revoked(certificate)
     with pytest.raises(MembershipError, match="it was a joke"):
         local.join(machines[0], username="Asha")

@@ -1,6 +1,5 @@
 """Who may join, and who decided that."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,8 @@ def notified() -> list[str]:
 
 
 @pytest.fixture
-def allowlist(tmp_path: Path, notified: list[str]) -> Iterator[Allowlist]:
-    database = Database(tmp_path / "ledger.sqlite")
-    yield Allowlist(database, notified.append)
-    database.close()
+def allowlist(database: Database, notified: list[str]) -> Allowlist:
+    return Allowlist(database, notified.append)
 
 
 def person(username: str, subject: str = "", organisations: tuple[str, ...] = ()) -> Person:
@@ -141,7 +138,7 @@ def test_people_are_found_by_state_and_part_of_the_name(allowlist: Allowlist) ->
     assert sorted(each.username for page in pages for each in page) == ["a_b", "asha", "ashok", "mitu"]
 
 
-def test_who_did_what_when_is_kept(allowlist: Allowlist, tmp_path: Path) -> None:
+def test_who_did_what_when_is_kept(allowlist: Allowlist, place: Path | str) -> None:
     allowlist.sign_in(person("asha"))
     allowlist.ask("asha")
     allowlist.decide(["asha"], "refuse", "mod", "who is this?")
@@ -149,7 +146,8 @@ def test_who_did_what_when_is_kept(allowlist: Allowlist, tmp_path: Path) -> None
     allowlist.decide(["asha"], "approve", "other")
     allowlist.set_moderator("asha", True, "organizer")
     allowlist.set_rule("bengal", True, "other")
-    again = Allowlist(Database(tmp_path / "ledger.sqlite"))
+    database = Database(place)
+    again = Allowlist(database)
     assert [(each.by, each.action, each.username, each.reason) for each in reversed(again.log())] == [
         ("asha", "ask", "asha", ""),
         ("mod", "refuse", "asha", "who is this?"),
@@ -160,6 +158,7 @@ def test_who_did_what_when_is_kept(allowlist: Allowlist, tmp_path: Path) -> None
     times = [each.time for each in again.log()]
     assert times == sorted(times, reverse=True)
     assert len(again.log(2)) == 2
+    database.close()
 
 
 def test_moderators_are_named_and_whoever_is_kept_out_is_none(allowlist: Allowlist) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
+from postgres import PostgresServer
 
 from kantha.coordinator import ledger, service
 from kantha.coordinator.allowlist import Allowlist
@@ -20,6 +22,7 @@ from kantha.swarm.orders import Order, read_order
 from kantha.swarm.reports import LEFT, Report, RoundReport
 from kantha.training import Replica
 from kantha.training.checkpoint import list_checkpoints, read_manifest
+from kantha.web.app import build_app
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def test_what_was_measured_on_heldout_text_is_in_the_status(coordinator: Any) ->
     entry = HeldoutStatus(
         round=0, loss=5.75, mlm_loss=5.0, mlm_accuracy=0.1, sop_loss=0.75, sop_accuracy=0.5, masked=300, pairs=90
     )
-    coordinator._ledger.add_heldout(entry)
+    coordinator.ledger.add_heldout(entry)
     assert coordinator._make_status().heldout == [entry]
 
 
@@ -255,21 +258,23 @@ def report(*rounds: RoundReport, **changes: Any) -> Report:
     return Report(**{**values, **changes})
 
 
+def member(coordinator: Any, peer: str) -> Membership:
+    return Membership(
+        serial="0f" * 8,
+        run=coordinator.run.spec.fingerprint,
+        username=peer.title(),
+        peer_id=peer,
+        service="local",
+        roles=("trainer",),
+        issued=0,
+        expires=100,
+    )
+
+
 def collect(coordinator: Any, monkeypatch: pytest.MonkeyPatch, *seen: dict[str, Report]) -> None:
     """Let the coordinator read what the swarm's peers report, one look after the other; all of them are members."""
     for peer in {peer for reports in seen for peer in reports}:
-        coordinator._ledger.add_member(
-            Membership(
-                serial="0f" * 8,
-                run=coordinator.run.spec.fingerprint,
-                username=peer.title(),
-                peer_id=peer,
-                service="local",
-                roles=("trainer",),
-                issued=0,
-                expires=100,
-            )
-        )
+        coordinator.ledger.add_member(member(coordinator, peer))
     looks = iter(seen)
 
     class Node:
@@ -301,8 +306,17 @@ def test_what_volunteers_report_is_in_the_status(coordinator: Any, monkeypatch: 
     assert status.computing_share == pytest.approx(27 / 40)
     assert (status.failed_rounds, status.samples_in_round, status.samples_per_second) == (1, 8, 4.0)
     assert [(volunteer.name, volunteer.samples) for volunteer in status.volunteers] == [("Asha", 20), ("Mitu", 10)]
-    assert coordinator._ledger.seconds_by_device(2).keys() == {"CPU"}
+    assert coordinator.ledger.seconds_by_device(2).keys() == {"CPU"}
     assert coordinator.said == ["Asha joined (2 here now)", "Mitu joined (2 here now)"]
+
+
+def test_the_status_of_a_long_run_has_its_last_rounds_and_the_totals_of_all(coordinator: Any) -> None:
+    coordinator.ledger.add_rounds("asha", [done(number) for number in range(1, 71)])
+    coordinator.ledger.mark_failed(3, "a peer stalled")
+    status = coordinator._make_status()
+    assert [entry.round for entry in status.rounds] == list(range(21, 71))
+    assert (status.samples, status.failed_rounds, status.computing_share) == (700, 1, 0.9)
+    assert RunStatus.model_validate_json(status.model_dump_json()) == status
 
 
 def test_a_status_before_the_first_round_has_no_computing_share(coordinator: Any) -> None:
@@ -317,7 +331,7 @@ def test_a_round_counts_with_the_result_that_the_coordinator_has(
     coordinator._engine.lineages = {1: "after 1", 2: "after 2"}
     other = {"mitu": report(done(1), done(2, "another"), done(3), done(4, samples=7))}
     collect(coordinator, monkeypatch, {"asha": report(done(1), done(2)), **other})
-    assert coordinator._ledger.samples_by_peer() == {"asha": 20, "mitu": 10 + 10 + 7}
+    assert coordinator.ledger.samples_by_peer() == {"asha": 20, "mitu": 10 + 10 + 7}
 
 
 def test_samples_that_a_leaver_handed_in_count_when_the_others_have_finished_the_round(
@@ -326,10 +340,10 @@ def test_samples_that_a_leaver_handed_in_count_when_the_others_have_finished_the
     coordinator._engine.round, coordinator._engine.lineages = 2, {2: "after 2"}
     left = report(done(2), done(3).copy(update={"lineage": ""}), state=LEFT)
     collect(coordinator, monkeypatch, {"asha": left}, {"asha": left.copy(update={"time": 2.0})})
-    assert coordinator._ledger.samples_by_peer() == {"asha": 10}
+    assert coordinator.ledger.samples_by_peer() == {"asha": 10}
     coordinator._engine.round, coordinator._engine.lineages = 3, {2: "after 2", 3: "after 3"}
     collect(coordinator, monkeypatch, {"asha": left})
-    assert coordinator._ledger.samples_by_peer() == {"asha": 20}
+    assert coordinator.ledger.samples_by_peer() == {"asha": 20}
     assert not coordinator._handed_in
 
 
@@ -359,7 +373,7 @@ def test_who_was_killed_before_it_could_report_is_credited_by_the_result(
 def test_a_result_that_the_full_disk_refused_is_entered_later(
     coordinator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_result = coordinator._ledger.add_result
+    add_result = coordinator.ledger.add_result
     tries: list[int] = []
 
     def full_once(number: int, *result: Any) -> None:
@@ -368,44 +382,44 @@ def test_a_result_that_the_full_disk_refused_is_entered_later(
             raise StorageError("ledger.sqlite: make room")
         add_result(number, *result)
 
-    monkeypatch.setattr(coordinator._ledger, "add_result", full_once)
+    monkeypatch.setattr(coordinator.ledger, "add_result", full_once)
     monkeypatch.setattr(ledger, "_REPORT_COMES", 0.0)
     coordinator._engine.lineages, coordinator._engine.shares = {1: "after 1"}, {1: {"asha": 10.0}}
     same = {"asha": report()}
     collect(coordinator, monkeypatch, same, same, same)
-    assert coordinator._ledger.samples_by_peer() == {"asha": 10}
+    assert coordinator.ledger.samples_by_peer() == {"asha": 10}
     assert tries == [1, 1]
 
 
 def test_nobody_can_have_done_rounds_of_a_far_future(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = [{"round": 10**8, "reason": "x"}, {"round": 1, "reason": "y"}]
     collect(coordinator, monkeypatch, {"asha": report(done(1), done(10**8), round=1, failed=failed)})
-    assert [entry.round for entry in coordinator._ledger.rounds()] == [1]
-    assert coordinator._ledger.failures() == {1: "y"}
+    assert [entry.round for entry in coordinator.ledger.rounds()] == [1]
+    assert coordinator.ledger.failures() == {1: "y"}
 
 
 def test_a_newcomer_that_still_loads_the_state_makes_nobody_forget(
     coordinator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says round 0 until it knows better; the run goes on at the round of the coordinator's checkpoint."""
-    coordinator._ledger.add_rounds("asha", [done(number) for number in range(1, 8)])
+    coordinator.ledger.add_rounds("asha", [done(number) for number in range(1, 8)])
     coordinator._engine.round = 5
     collect(coordinator, monkeypatch, {"mitu": report(ready=False, state="loading")})
-    assert [entry.round for entry in coordinator._ledger.rounds()] == [1, 2, 3, 4, 5]  # 6 and 7 are done again
+    assert [entry.round for entry in coordinator.ledger.rounds()] == [1, 2, 3, 4, 5]  # 6 and 7 are done again
 
 
 def test_rounds_of_a_living_swarm_are_not_forgotten(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The coordinator comes back with an older checkpoint."""
-    coordinator._ledger.add_rounds("asha", [done(number) for number in range(1, 8)])
+    coordinator.ledger.add_rounds("asha", [done(number) for number in range(1, 8)])
     coordinator._engine.round = 5
     collect(coordinator, monkeypatch, {"asha": report(done(7))})
-    assert [entry.round for entry in coordinator._ledger.rounds()] == [1, 2, 3, 4, 5, 6, 7]
+    assert [entry.round for entry in coordinator.ledger.rounds()] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_report_that_the_full_disk_refused_is_entered_later(
     coordinator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_rounds = coordinator._ledger.add_rounds
+    add_rounds = coordinator.ledger.add_rounds
     tries: list[str] = []
 
     def full_once(peer: str, rounds: list[RoundReport]) -> None:
@@ -414,9 +428,107 @@ def test_a_report_that_the_full_disk_refused_is_entered_later(
             raise StorageError("ledger.sqlite: make room")
         add_rounds(peer, rounds)
 
-    monkeypatch.setattr(coordinator._ledger, "add_rounds", full_once)
+    monkeypatch.setattr(coordinator.ledger, "add_rounds", full_once)
     same = {"asha": report(done(1))}
     collect(coordinator, monkeypatch, same, same)
-    assert coordinator._ledger.samples_by_peer() == {"asha": 10}
+    assert coordinator.ledger.samples_by_peer() == {"asha": 10}
     assert tries == ["asha", "asha"]
     assert "ledger.sqlite: make room" in coordinator.said
+
+
+# ---- a disk or a database that refuses
+
+
+class Steps:
+    """What the swarm's peers report at each look of the coordinator, with something that happens before it."""
+
+    def __init__(self, *steps: tuple[Any, dict[str, Report]]) -> None:
+        self.steps = list(steps)
+        self.last: dict[str, Report] = {}
+        self.stop = threading.Event()
+
+    def reports(self) -> dict[str, Report]:
+        if not self.steps:
+            self.stop.set()
+            return self.last
+        happens, self.last = self.steps.pop(0)
+        happens()
+        return self.last
+
+
+@pytest.fixture
+def in_postgresql(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> PostgresServer:
+    """Asked for before the coordinator: its ledger is on this server."""
+    monkeypatch.setenv("KANTHA_DATABASE_URL", postgres.make_database())
+    return postgres
+
+
+def test_while_the_database_is_away_the_status_is_answered_and_reports_are_kept(
+    in_postgresql: PostgresServer, coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rafiq comes, reports forty rounds and goes while the server is down; his report has the last 32 at a time."""
+    statuses: list[RunStatus] = []
+    answers: list[int] = []
+    client = TestClient(build_app(coordinator), base_url="http://127.0.0.1:8600")
+
+    def look() -> None:
+        statuses.append(coordinator._make_status())
+        coordinator._status = None
+        answers.extend(client.get(path).status_code for path in ("/", "/api/v1/status"))
+
+    rounds = [done(number) for number in range(1, 43)]
+    coordinator._engine.round = 42
+    early, late = {"asha": report(rounds[0])}, {"asha": report(rounds[0], time=2.0)}
+    steps = Steps(
+        (lambda: None, early),
+        (look, early),
+        (in_postgresql.stop, late | {"rafiq": report(*rounds[:32], failed=[{"round": 2, "reason": "x"}])}),
+        (look, late | {"rafiq": report(*rounds[10:42], time=2.0)}),
+        (lambda: None, late),  # the DHT has forgotten him
+        (in_postgresql.start, late),
+        (lambda: None, late),
+        (look, late),
+    )
+    for peer in ("asha", "rafiq"):
+        coordinator.ledger.add_member(member(coordinator, peer))
+    monkeypatch.setattr(service, "_COLLECT_SECONDS", 0.0)
+    coordinator._stop, coordinator._node = steps.stop, steps
+    try:
+        coordinator._collect()
+    finally:
+        if in_postgresql.is_down:
+            in_postgresql.start()
+    before, away, after = statuses
+    assert (before.problem, after.problem) == ("", "")
+    assert "records cannot be read right now" in away.problem
+    assert away.rounds == before.rounds
+    assert (before.samples, away.samples, after.samples) == (10, 10, 10 + 42 * 10)
+    assert after.failed_rounds == 1
+    assert coordinator.ledger.samples_by_peer() == {"asha": 10, "rafiq": 420}
+    assert answers == [200] * 6
+    assert len([line for line in coordinator.said if "there is no connection" in line]) == 1  # not at every look
+
+
+def test_while_the_disk_is_full_the_status_says_so(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise StorageError("ledger.sqlite: make room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator.ledger, "add_rounds", refuse)
+        collect(coordinator, monkeypatch, {"asha": report(done(1))}, {"asha": report(done(1), time=2.0)})
+    assert "records cannot be written right now" in coordinator._make_status().problem
+    assert "ledger.sqlite" not in coordinator._make_status().problem  # nobody else's business
+    assert coordinator.said.count("ledger.sqlite: make room") == 1
+    collect(coordinator, monkeypatch, {"asha": report(done(1))})
+    status = coordinator._make_status()
+    assert (status.problem, status.samples) == ("", 10)
+
+
+def test_a_learning_rate_is_entered_with_the_result_of_its_round(
+    coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = coordinator._engine
+    engine.round, engine.lineages = 1, {1: "after 1"}
+    engine.shares, engine.learning_rates = {1: {"asha": 10.0}}, {1: 0.125}
+    collect(coordinator, monkeypatch, {"asha": report(done(1))})
+    assert [entry.learning_rate for entry in coordinator._make_status().rounds] == [0.125]

@@ -242,7 +242,7 @@ def test_a_run_tells_what_its_ledger_knows_up_to_the_model(run_path: Path, tmp_p
     ledger.mark_failed(3, "too late")
     ledger.close()
 
-    known = training_facts(run.ledger, 2)
+    known = training_facts(run, 2)
     assert known.contributors == [Contributor("Asha", 30, 270.0), Contributor("Rafiq", 20, 180.0)]
     assert known.seconds_by_device == {"Tesla T4": 180.0, "x86_64 CPU, 2 cores": 180.0, None: 90.0}
     assert [loss.round for loss in known.losses] == [1, 2]
@@ -311,7 +311,7 @@ def test_samples_of_unknown_loss_are_in_the_card_and_not_in_its_curve(
     ledger.add_result(0, "the first", {"b": 70.0})  # of round 0, which the run's only checkpoint is of
     ledger.stand_in()
     ledger.close()
-    known = training_facts(run.ledger, 0)
+    known = training_facts(run, 0)
     assert (known.samples, known.losses, known.computing_share) == (70, [], None)
     assert known.contributors == [Contributor("Rafiq", 70, 0.0)]
     export_run(run_path, tmp_path / "model")

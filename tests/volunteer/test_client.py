@@ -100,7 +100,7 @@ def test_a_run_is_described_joined_and_fetched(
     assert replica.round == 4
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(replica.parameters, newer.parameters, strict=True))
     assert (folder.path / "snapshot" / "tokenizer.json").read_bytes() == run.tokenizer.read_bytes()
-    assert web_coordinator._ledger.members() == {identity.peer_id: "আশা"}
+    assert web_coordinator.ledger.members() == {identity.peer_id: "আশা"}
 
 
 def test_what_is_here_already_is_not_downloaded_again(

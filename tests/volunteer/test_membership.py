@@ -110,7 +110,7 @@ def test_a_coordinator_a_moderator_and_somebody_with_a_browser(
     """The real ones, up to what the pages do."""
     monkeypatch.setattr("kantha.coordinator.admission.POLL_SECONDS", 0.05)
     monkeypatch.setattr(web_coordinator, "sign_in", "huggingface")
-    web_coordinator._ledger.close()
+    web_coordinator.ledger.close()
     web_coordinator.take(web_coordinator.run)  # type: ignore[attr-defined]
     admission, allowlist = web_coordinator.admission, web_coordinator.allowlist
     run, said = web_coordinator.run.spec.fingerprint, Said()

@@ -170,7 +170,7 @@ def test_a_volunteer_on_this_machine_gets_a_certificate_that_holds(
     run = web_coordinator.run
     membership = certificate.verify(run.key().public_key, run.spec.fingerprint, identity.peer_id)
     assert membership.username == "আশা"
-    assert web_coordinator._ledger.members() == {identity.peer_id: "আশা"}
+    assert web_coordinator.ledger.members() == {identity.peer_id: "আশা"}
 
 
 @pytest.mark.parametrize("host", ["::1", "::ffff:127.0.0.1"])
@@ -185,7 +185,7 @@ def test_nobody_from_another_machine_is_let_in(
     response = ask(client_at(web_app, (host, 1234)), wish)
     assert response.status_code == 403
     assert "own machine" in response.json()["detail"]
-    assert web_coordinator._ledger.members() == {}
+    assert web_coordinator.ledger.members() == {}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_nobody_is_let_in_through_a_proxy(
     local: TestClient, web_coordinator: Coordinator, wish: MembershipRequest, header: dict[str, str]
 ) -> None:
     assert ask(local, wish, header).status_code == 403
-    assert web_coordinator._ledger.members() == {}
+    assert web_coordinator.ledger.members() == {}
 
 
 def test_a_claim_to_come_from_here_helps_nobody(web_app: FastAPI, wish: MembershipRequest) -> None:
@@ -225,7 +225,7 @@ def test_a_request_that_does_not_hold_is_refused_with_a_reason(
     response = ask(local, wish.model_copy(update=change))
     assert response.status_code == 403
     assert reason in response.json()["detail"]
-    assert web_coordinator._ledger.members() == {}
+    assert web_coordinator.ledger.members() == {}
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_malformed_request_is_refused(
     local: TestClient, web_coordinator: Coordinator, wish: MembershipRequest, change: dict[str, object]
 ) -> None:
     assert local.post("/api/v1/memberships", json=wish.model_dump() | change).status_code == 422
-    assert web_coordinator._ledger.members() == {}
+    assert web_coordinator.ledger.members() == {}
 
 
 def test_a_full_disk_lets_nobody_in_and_says_so(
@@ -251,7 +251,7 @@ def test_a_full_disk_lets_nobody_in_and_says_so(
     def refuse() -> None:
         raise StorageError("ledger.sqlite: the ledger cannot be used; make room on that disk")
 
-    monkeypatch.setattr(web_coordinator._ledger.database, "session", refuse)
+    monkeypatch.setattr(web_coordinator.ledger.database, "session", refuse)
     response = ask(local, wish)
     assert response.status_code == 503
     assert "make room" in response.json()["detail"]
@@ -322,7 +322,7 @@ def hub(web_coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> TestCl
     """A volunteer elsewhere, of a run with a public link."""
     monkeypatch.setattr(web_coordinator, "sign_in", "huggingface")
     monkeypatch.setattr(web_coordinator, "address", "https://kantha.example")
-    web_coordinator._ledger.close()
+    web_coordinator.ledger.close()
     web_coordinator.take(web_coordinator.run)
     return TestClient(build_app(web_coordinator), base_url="https://kantha.example", client=ELSEWHERE)
 

@@ -125,7 +125,7 @@ def target(
         client = web_coordinator.run.keys / "oauth.json"
         client.touch(mode=0o600)
         client.write_text(json.dumps({"client_id": CLIENT_ID, "client_secret": CLIENT_SECRET}))
-        web_coordinator._ledger.close()
+        web_coordinator.ledger.close()
         web_coordinator.take(web_coordinator.run)  # type: ignore[attr-defined]
         hub.redirect_uris = {f"{url}/sign-in/callback"}
         # any_host lets more nonsense in; without a configuration of its own, uvicorn's log comes to caplog

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from kantha.cli.publish import export_run
 from kantha.coordinator.annealing import anneal_run
+from kantha.coordinator.database import open_database
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.status import RunStatus
@@ -289,7 +290,7 @@ def _heldout_loss(run: RunDirectory, batches: Sequence[Batch]) -> float:
 
 
 def _figures(run: RunDirectory, before: float, after: float, out: Path, seconds: float) -> dict[str, Any]:
-    ledger = Ledger(run.ledger)
+    ledger = Ledger(open_database(run))
     rounds, members, samples = ledger.rounds(), ledger.members(), ledger.samples_by_peer()
     share = ledger.computing_share()
     ledger.close()

@@ -138,10 +138,10 @@ def leases(
 ) -> None:
     """Show which machines are at work, or were within the last three minutes."""
     from kantha.coordinator.allowlist import Allowlist
-    from kantha.coordinator.database import Database
+    from kantha.coordinator.database import open_database
     from kantha.coordinator.leases import instances
 
-    database = Database(_run(context).ledger)
+    database = open_database(_run(context))
     allowlist = Allowlist(database)
     with database.reading() as session:
         person = allowlist.number(session, name) if name is not None else None
@@ -186,9 +186,9 @@ def _run(context: typer.Context) -> "RunDirectory":
 
 def _allowlist(run: "RunDirectory") -> "Allowlist":
     from kantha.coordinator.allowlist import Allowlist
-    from kantha.coordinator.database import Database
+    from kantha.coordinator.database import open_database
 
-    return Allowlist(Database(run.ledger))
+    return Allowlist(open_database(run))
 
 
 def _when(seconds: float) -> str:

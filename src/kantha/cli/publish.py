@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kantha.coordinator.allowlist import Allowlist
-from kantha.coordinator.database import Database
+from kantha.coordinator.database import Database, has_records, open_database
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.polls import NAME_POLL, Polls, PollState
-from kantha.coordinator.rundir import LEDGER_FILE
+from kantha.coordinator.rundir import RUN_FILE, RunDirectory
 from kantha.publishing import (
     Contributor,
     HeldoutLoss,
@@ -30,17 +30,25 @@ def export_run(
 ) -> int:
     """Write the model of a run (its newest checkpoint), or of one checkpoint folder, to `out`; returns its round.
 
-    Raises as `find_checkpoint` and `export_model` do, and `StorageError` where the run's ledger cannot be read.
+    Raises as `find_checkpoint` and `export_model` do, and as `open_database` where the run's ledger cannot be read.
     """
     checkpoint = find_checkpoint(source)  # once: a run that is being served makes new ones
-    ledger = source / LEDGER_FILE
-    facts = training_facts(ledger, read_manifest(checkpoint).round) if ledger.is_file() else None
+    run = _run_with_records(source)
+    facts = training_facts(run, read_manifest(checkpoint).round) if run is not None else None
     return export_model(checkpoint, out, facts, scores, repository, replace)
 
 
-def training_facts(path: Path, last_round: int) -> TrainingFacts:
-    """What a ledger knows of the rounds that made the model of `last_round`. Raises `StorageError`."""
-    ledger = Ledger(path)
+def _run_with_records(source: Path) -> RunDirectory | None:
+    """None for a checkpoint, and for a run that was never served."""
+    if not (source / RUN_FILE).is_file():
+        return None
+    run = RunDirectory.open(source)
+    return run if has_records(run) else None
+
+
+def training_facts(run: RunDirectory, last_round: int) -> TrainingFacts:
+    """What a run's ledger knows of the rounds that made the model of `last_round`. Raises as `open_database`."""
+    ledger = Ledger(open_database(run))
     try:
         rounds = [entry for entry in ledger.rounds() if entry.round <= last_round]
         heldout = [entry for entry in ledger.heldout() if entry.round <= last_round]
@@ -101,7 +109,7 @@ def publish_run(
     folder = out or source / "published"
     round_number = export_run(source, folder, measured, repository, replace=True)
     say(f"wrote {folder}, the model after round {round_number}; its card is {folder / 'README.md'}")
-    if not (source / LEDGER_FILE).is_file():
+    if _run_with_records(source) is None:
         say(
             f"{source} is a checkpoint without a ledger: the card names no contributors; give the run's folder for that"
         )

@@ -12,14 +12,22 @@ from typing import Literal
 
 from pydantic import ValidationError
 from sqlalchemy import ColumnElement, String, delete, func, select, update
-from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from kantha import api
 from kantha.coordinator.allowlist import Allowlist, Person, Standing, State, note_decision
 from kantha.coordinator.bulletin import Bulletin
-from kantha.coordinator.database import Database, Table
-from kantha.coordinator.leases import LEASE_SECONDS, Granted, Instance, Lease, end_leases, instances, revoke
+from kantha.coordinator.database import Database, Table, insert
+from kantha.coordinator.leases import (
+    LEASE_SECONDS,
+    Granted,
+    Instance,
+    Lease,
+    end_leases,
+    enter_stay,
+    instances,
+    revoke,
+)
 from kantha.coordinator.ledger import enter_member
 from kantha.coordinator.limiter import CERTIFICATES, PAIRINGS, REQUESTS, STRANGERS, Limiter
 from kantha.errors import LeaseError, MembershipError
@@ -127,7 +135,7 @@ class Admission:
         self._limiter = Limiter()
         self._lock = threading.Lock()  # of key and changes, which belong together
         self._cleaned = float("-inf")
-        database.make_tables()
+        database.migrate()
 
     # ---- what peers ask
 
@@ -157,7 +165,11 @@ class Admission:
         """A peer gives its lease back. Raises `MembershipError`."""
         peer_id = self._verified(request)
         with self._database.session() as session:
-            session.execute(delete(Lease).where(Lease.peer_id == peer_id))
+            lease = session.get(Lease, peer_id)
+            if lease is not None:
+                lease.renewed = self._now()
+                enter_stay(session, lease, goes_on=True)
+                session.delete(lease)
 
     def check_download(self, header: str) -> None:
         """Whether a member asks, by the Authorization header. Raises `MembershipError`."""
@@ -188,8 +200,9 @@ class Admission:
         # in a transaction of its own: whatever comes of the request, it was used
         with self._database.session() as session:
             self._clean(session)
-            statement = insert(_Nonce).values(peer_id=peer_id, nonce=request.nonce, issued=request.issued)
-            if not session.connection().execute(statement.on_conflict_do_nothing()).rowcount:
+            statement = insert(session, _Nonce).values(peer_id=peer_id, nonce=request.nonce, issued=request.issued)
+            is_new = session.scalar(statement.on_conflict_do_nothing().returning(_Nonce.nonce)) is not None
+            if not is_new:
                 raise MembershipError("this request was used before; join again")
         return peer_id
 
@@ -256,7 +269,7 @@ class Admission:
 
     def _belongs(self, session: Session, peer_id: str, person: int) -> None:
         values = {"person": person, "paired": self._now()}
-        statement = insert(_Machine).values(peer_id=peer_id, **values)
+        statement = insert(session, _Machine).values(peer_id=peer_id, **values)
         session.execute(statement.on_conflict_do_update(index_elements=["peer_id"], set_=values))
         # what it was given as another person's machine
         end_leases(session, Lease.peer_id == peer_id, Lease.person != person)
@@ -320,6 +333,7 @@ class Admission:
             lease.since = now
         lease.person, lease.service = person, request.service
         lease.instance, lease.renewed = request.instance, now
+        enter_stay(session, lease, goes_on=has_place)
 
     def _certificate(
         self, session: Session, request: MembershipRequest, peer_id: str, person: int, username: str
@@ -347,7 +361,7 @@ class Admission:
                 certificate=certificate.model_dump_json(),
             )
         )
-        enter_member(session, membership)
+        enter_member(session, membership, person)
         return certificate
 
     def averager_certificate(self, peer_id: str) -> Certificate:

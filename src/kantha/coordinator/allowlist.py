@@ -19,6 +19,7 @@ from kantha.errors import MembershipError, printable
 MOST_NAMES = 5_000  # in one pasted list
 MOST_REASON = 300  # characters
 _MOST_USERNAME = 96  # characters, as on the Hugging Face hub
+_MOST_BY = 120  # characters: a username, or the name of a rule
 # of the hub's users and organisations: https://huggingface.co/docs/huggingface_hub/package_reference/utilities
 _HUB_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 
@@ -112,7 +113,7 @@ class _Person(Table):
     state: Mapped[str] = mapped_column(String(10), index=True)
     reason: Mapped[str] = mapped_column(String(MOST_REASON))
     since: Mapped[float]
-    by: Mapped[str] = mapped_column(String(_MOST_USERNAME))
+    by: Mapped[str] = mapped_column(String(_MOST_BY))
     is_moderator: Mapped[bool] = mapped_column(default=False)
 
 
@@ -120,7 +121,7 @@ class _Decision(Table):
     __tablename__ = "decisions"
     id: Mapped[int] = mapped_column(primary_key=True)
     time: Mapped[float]
-    by: Mapped[str] = mapped_column(String(_MOST_USERNAME))
+    by: Mapped[str] = mapped_column(String(_MOST_BY))
     action: Mapped[str] = mapped_column(String(20))
     username: Mapped[str] = mapped_column(String(_MOST_USERNAME))
     reason: Mapped[str] = mapped_column(String(MOST_REASON))
@@ -150,7 +151,7 @@ class Allowlist:
         self._database = database
         self._notify = notify
         self._now = now
-        database.make_tables()
+        database.migrate()
 
     # ---- people
 

@@ -42,6 +42,19 @@ class Granted(Table):
     certificate: Mapped[str]  # as JSON
 
 
+class Stay(Table):
+    """One time that a peer was here, from its lease on until it gave it back or fell silent."""
+
+    __tablename__ = "sessions"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    peer_id: Mapped[str] = mapped_column(String(80), index=True)
+    person: Mapped[int] = mapped_column(index=True)
+    service: Mapped[str] = mapped_column(String(20))
+    label: Mapped[str] = mapped_column(String(60))
+    began: Mapped[float]
+    seen: Mapped[float]
+
+
 @dataclass(frozen=True)
 class Instance:
     """One machine that has a lease now."""
@@ -69,6 +82,19 @@ def instances(
         Instance(names.get(lease.person, "?"), lease.peer_id, lease.service, lease.instance, lease.since, lease.renewed)
         for lease in session.scalars(query)
     ]
+
+
+def enter_stay(session: Session, lease: Lease, goes_on: bool) -> None:
+    """A peer has its place now.
+
+    :param goes_on: whether it has had it without a break
+    """
+    newest = select(Stay).where(Stay.peer_id == lease.peer_id, Stay.person == lease.person).order_by(Stay.id.desc())
+    stay = session.scalar(newest.limit(1)) if goes_on else None
+    if stay is None:
+        stay = Stay(peer_id=lease.peer_id, person=lease.person, service=lease.service, began=lease.renewed)
+        session.add(stay)
+    stay.label, stay.seen = lease.instance, lease.renewed
 
 
 def end_leases(session: Session, *which: ColumnElement[bool]) -> None:

@@ -12,6 +12,7 @@ keys/             (owner only)
   notify.txt      the organizer's: which chats are told of those who ask to join
 order.json        the organizer's last order, signed by the run's key: to anneal
 ledger.sqlite     people and decisions about them, machines and leases, what each did in each round (owner only)
+ledger.elsewhere  in its place, where they are in PostgreSQL
 checkpoints/      round-*/, newest last
 swarm/            snapshots for peers that join
 log/              what hivemind says, and what the evaluator's process does
@@ -38,6 +39,7 @@ from kantha.swarm.orders import Order, read_order
 from kantha.training import Replica
 from kantha.training.checkpoint import SPEC_FILE, TOKENIZER_FILE, checkpoint_folder
 
+RUN_FILE = "run.json"
 LEDGER_FILE = "ledger.sqlite"
 ORDER_FILE = "order.json"
 CHANGES_FILE = "changes.json"
@@ -68,6 +70,7 @@ class RunDirectory:
         self.keys = path / "keys"
         self.checkpoints = path / "checkpoints"
         self.ledger = path / LEDGER_FILE
+        self.elsewhere = path / "ledger.elsewhere"
         self.order = path / ORDER_FILE
         self.log = path / "log" / "coordinator.log"
         self._lock = FileLock(path / ".lock", timeout=_LOCK_SECONDS)
@@ -121,7 +124,7 @@ class RunDirectory:
     def open(cls, path: Path) -> "RunDirectory":
         """Read and check a run. Raises `RunDirectoryError`, `NewerRunError` or `DigestError`."""
         try:
-            content = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            content = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
             if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
                 raise NewerRunError(
                     f"{path}: written by a newer Kantha (format {content['format']}, this one reads {FORMAT}); "
@@ -258,7 +261,7 @@ class RunDirectory:
             try:
                 self._write()
             except OSError as error:
-                raise self._refused("run.json", error) from None
+                raise self._refused(RUN_FILE, error) from None
 
     def tokenizer_digest(self) -> FileDigest:
         found = digest_of(self.tokenizer)
@@ -316,7 +319,7 @@ class RunDirectory:
         )
 
     def _write(self) -> None:
-        self._write_whole("run.json", self._file.model_dump_json(indent=1))
+        self._write_whole(RUN_FILE, self._file.model_dump_json(indent=1))
 
     def _write_whole(self, name: str, text: str) -> None:
         """Whole or not at all, even where the machine loses power."""

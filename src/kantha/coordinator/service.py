@@ -9,7 +9,8 @@ import ipaddress
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from kantha import __version__
@@ -17,13 +18,13 @@ from kantha.api import RemoteFile, RunDescription, Snapshot
 from kantha.coordinator.admission import Admission, SignIn
 from kantha.coordinator.allowlist import Allowlist
 from kantha.coordinator.bulletin import Bulletin
-from kantha.coordinator.database import Database
+from kantha.coordinator.database import open_database
 from kantha.coordinator.evaluator import Evaluator
-from kantha.coordinator.ledger import Ledger
+from kantha.coordinator.ledger import Ledger, RunTotals
 from kantha.coordinator.notifier import Notifier
 from kantha.coordinator.polls import Polls
 from kantha.coordinator.rundir import TOKENIZER_FILE, RunDirectory
-from kantha.coordinator.status import RunStatus, VolunteerStatus
+from kantha.coordinator.status import HELDOUT_TOLD, ROUNDS_TOLD, HeldoutStatus, RoundStatus, RunStatus, VolunteerStatus
 from kantha.digests import digest_of
 from kantha.errors import (
     DigestError,
@@ -55,7 +56,25 @@ _ROUNDS_AHEAD = 1_000  # rounds that volunteers may have finished while the coor
 _NOTICE_SECONDS = 1.0  # between two looks whether the swarm has to be told something
 _STORAGE_RETRY = 30.0  # seconds until a full disk is tried again
 _STATUS_SECONDS = 1.0  # a status is made anew at most this often
+_THIN_SECONDS = 3600.0  # between two times that old contributions are dropped
+_PROBLEM = (
+    "The run's records cannot be {} right now: its disk is full, or its database does not answer. Training goes on; "
+    "what volunteers do meanwhile is entered as soon as that is mended."
+)
 _log = logging.getLogger(__name__)
+
+
+_NOTHING = RunTotals(rounds=0, samples=0, failed=0, seconds=0.0, waited=0.0, people=0)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a status tells of the ledger."""
+
+    totals: RunTotals = _NOTHING
+    rounds: Sequence[RoundStatus] = ()
+    heldout: Sequence[HeldoutStatus] = ()
+    samples: Mapping[str, int] = field(default_factory=dict)  # of who is here, by peer id
 
 
 class Coordinator:
@@ -130,8 +149,8 @@ class Coordinator:
 
     def _open_books(self) -> None:
         """All that is known of people and what they did, in one file."""
-        database = Database(self.run.ledger)
-        self._ledger = Ledger(database)
+        database = open_database(self.run)
+        self.ledger = Ledger(database)
         self.allowlist = Allowlist(database, self._notifier.tell)
         key, changes = self.run.key(), self.run.key_changes()
         self.admission = Admission(database, self.run.spec, key, self.sign_in, self.allowlist, changes=changes)
@@ -143,6 +162,11 @@ class Coordinator:
         self._certify_after = 0.0  # time.monotonic() until which the coordinator's own certificate is good enough
         self._told = ""  # the notice that the swarm was told
         self._said_paused = ""  # why the run is paused, as it was said last
+        self._known = _Known()  # what the ledger said last
+        self._members: dict[str, str] = {}  # usernames by peer id, as the ledger said last
+        self._unentered = ""  # why the ledger did not take an entry; empty: it took all
+        self._refusals = 0  # entries that it did not take
+        self._thin_after = 0.0  # time.monotonic() until which nothing is thinned
 
     def start(self) -> None:
         self._notifier.start()
@@ -160,7 +184,7 @@ class Coordinator:
         self._engine.close()
         self._node.close()
         self._notifier.close()
-        self._ledger.close()
+        self.ledger.close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """A thread that fails must not leave a coordinator behind that only looks alive: end the program."""
@@ -297,18 +321,21 @@ class Coordinator:
             self._no_save_before = time.monotonic() + _STORAGE_RETRY
             self._say(f"{error}; it is tried again in {_STORAGE_RETRY:.0f} s")
 
-    def _enter(self, entry: Callable[[], None]) -> bool:
-        """Make an entry in the ledger; a disk that is full is said and does not end the run."""
+    def _enter(self, entry: Callable[[], object]) -> bool:
+        """Make an entry in the ledger; a disk that is full is said once until it has room, and does not end the run."""
         try:
             entry()
         except StorageError as error:
-            self._say(str(error))
+            if str(error) != self._unentered:
+                self._say(str(error))
+            self._unentered = str(error)
+            self._refusals += 1
             return False
         return True
 
     def _evaluate(self) -> None:
         try:
-            Evaluator(self.run, self._ledger, lambda: self._checkpoint_round, self._say).work_until(self._stop)
+            Evaluator(self.run, self.ledger, lambda: self._checkpoint_round, self._say).work_until(self._stop)
         except Exception as error:  # noqa: BLE001  a run goes on without this curve, whatever happens to it
             _log.exception("the evaluator failed")
             self._say(f"held-out text is not measured any more ({error!r}; {self.run.log} says more)")
@@ -316,46 +343,63 @@ class Coordinator:
     # ---- reports
 
     def _collect(self) -> None:
-        pending: set[str] = set()  # peers whose newest report is not in the ledger yet
+        pending: dict[str, Report] = {}  # by peer, what is not in the ledger yet
         known: dict[str, float] = {}  # when each peer's newest report was made
         results: dict[int, str] = {}  # that are in the ledger, by round: the lineage after it
         while not self._stop.wait(_COLLECT_SECONDS):
             try:
                 reports = self._node.reports()
-                members = self._ledger.members()
-            except (SwarmError, StorageError) as error:
+            except SwarmError as error:
                 _log.warning("%s", error)
                 continue
+            refusals = self._refusals
+            members = self._read_members()
             reports = {peer: report for peer, report in reports.items() if peer in members}
-            new = {peer for peer, report in reports.items() if known.get(peer) != report.time}
-            known.update({peer: reports[peer].time for peer in new})
-            pending |= new
+            for peer, report in reports.items():
+                if known.get(peer) != report.time:
+                    known[peer] = report.time
+                    pending[peer] = _with_rounds_of(report, pending.get(peer))
             present = {peer: seen for peer, seen in self._engine.roster.present("trainer").items() if peer in reports}
             if present and not self._here:
                 # a swarm that starts anew from a checkpoint does the rounds after it again; a newcomer that still loads
                 # the state says round 0, which is no reason to forget what this replica has
                 newest = max(self._engine.round, *(report.round for report, _ in present.values()))
-                self._enter(partial(self._ledger.forget_rounds_after, newest))
+                self._enter(partial(self.ledger.forget_rounds_after, newest))
             for number, lineage in dict(self._engine.lineages).items():
                 shares = self._engine.shares.get(number)
+                rate = self._engine.learning_rates.get(number)
                 if (
                     shares is not None
                     and results.get(number) != lineage
-                    and self._enter(partial(self._ledger.add_result, number, lineage, shares))
+                    and self._enter(partial(self.ledger.add_result, number, lineage, shares, rate))
                 ):
                     results[number] = lineage
-            for peer_id in sorted(pending & reports.keys()):
-                if not self._enter(partial(self._add_report, peer_id, reports[peer_id])):
+            for peer_id in sorted(pending):
+                if not self._enter(partial(self._add_report, peer_id, pending[peer_id])):
                     break
-                pending.discard(peer_id)
+                del pending[peer_id]
             for peer_id, number in [each for each in self._handed_in if each[1] <= self._engine.round]:
-                if self._enter(partial(self._ledger.add_rounds, peer_id, [self._handed_in[peer_id, number]])):
+                if self._enter(partial(self.ledger.add_rounds, peer_id, [self._handed_in[peer_id, number]])):
                     del self._handed_in[peer_id, number]
-            self._enter(self._ledger.stand_in)
+            self._enter(self.ledger.stand_in)
+            if time.monotonic() >= self._thin_after:
+                self._thin_after = time.monotonic() + _THIN_SECONDS
+                self._enter(self.ledger.thin)
+            if self._refusals == refusals:
+                self._unentered = ""
             self._say_who_is_here({peer: members[peer] for peer in present})
 
+    def _read_members(self) -> dict[str, str]:
+        """Who is a member, by peer id; while the ledger cannot be read, who was one before."""
+        try:
+            self._members = self.ledger.members()
+        except StorageError as error:
+            _log.warning("%s", error)
+        return self._members
+
     def _present(self) -> dict[str, tuple[Report, float]]:
-        members = self._ledger.members()
+        """Members that train now."""
+        members = self._read_members()
         return {peer: seen for peer, seen in self._engine.roster.present("trainer").items() if peer in members}
 
     def _add_report(self, peer_id: str, report: Report) -> None:
@@ -369,11 +413,11 @@ class Coordinator:
         ]
         # what a leaver handed in counts when the others have finished the round
         self._handed_in |= {(peer_id, entry.round): entry for entry in rounds if not entry.lineage}
-        self._ledger.add_rounds(peer_id, [entry for entry in rounds if entry.lineage])
-        self._ledger.set_device(peer_id, report.device)
+        self.ledger.add_rounds(peer_id, [entry for entry in rounds if entry.lineage])
+        self.ledger.set_device(peer_id, report.device)
         for failed in report.failed:
             if failed.round <= newest:
-                self._ledger.mark_failed(failed.round, failed.reason)
+                self.ledger.mark_failed(failed.round, failed.reason)
 
     def _say_who_is_here(self, now: dict[str, str]) -> None:
         for peer_id, name in now.items():
@@ -424,9 +468,27 @@ class Coordinator:
             self._status = (time.monotonic(), status)
         return status
 
+    def _read_ledger(self, peers: Sequence[str]) -> tuple[_Known, str]:
+        """What the ledger says now, or said last where it cannot be asked; and what is wrong with it, for the page.
+
+        :param peers: who is here
+        """
+        try:
+            self._known = _Known(
+                totals=self.ledger.totals(),
+                rounds=self.ledger.last_rounds(ROUNDS_TOLD),
+                heldout=self.ledger.heldout(HELDOUT_TOLD),
+                samples=self.ledger.samples_by_peer(peers),
+            )
+        except StorageError as error:
+            _log.warning("%s", error)
+            return self._known, _PROBLEM.format("read")
+        return self._known, _PROBLEM.format("written") if self._unentered else ""
+
     def _make_status(self) -> RunStatus:
-        spec, rounds = self.run.spec, self._ledger.rounds()
-        names, totals, present = self._ledger.members(), self._ledger.samples_by_peer(), self._present()
+        spec, present = self.run.spec, self._present()
+        known, problem = self._read_ledger(list(present))
+        names, totals = self._members, known.totals
         number = self._engine.round
         in_round = sum(report.samples for report, _ in present.values() if report.round >= number)
         speed = sum(report.samples_per_second for report, _ in present.values())
@@ -439,29 +501,39 @@ class Coordinator:
             round=number,
             target_batch_size=self._engine.target,
             samples_in_round=in_round,
-            samples=sum(round.samples for round in rounds),
+            samples=totals.samples,
             samples_per_second=speed,
             seconds_to_next_round=remaining / speed if speed > 0 else None,
-            failed_rounds=sum(round.failed for round in rounds),
-            computing_share=self._ledger.computing_share(),
+            failed_rounds=totals.failed,
+            computing_share=totals.computing_share,
             checkpoint_round=self._checkpoint_round,
             paused=pause.reason if (pause := self.bulletin.known()[1]) is not None else "",
             learning_rate=self._engine.learning_rate,
             annealed=self._engine.schedule_state.annealed,
             volunteers=sorted(
                 (
-                    _volunteer(peer_id, names.get(peer_id, "?"), totals.get(peer_id, 0), report, silent)
+                    _volunteer(peer_id, names.get(peer_id, "?"), known.samples.get(peer_id, 0), report, silent)
                     for peer_id, (report, silent) in present.items()
                 ),
                 key=lambda volunteer: (volunteer.name, volunteer.peer_id),
             ),
-            heldout=self._ledger.heldout(),
-            rounds=rounds,
+            heldout=list(known.heldout),
+            rounds=list(known.rounds),
+            problem=problem,
         )
 
 
 def _describe_itself(report: Report) -> Report:
     return report.copy(update={"state": "averaging", "device": "coordinator"})
+
+
+def _with_rounds_of(report: Report, before: Report | None) -> Report:
+    """A report that also has the rounds of one before it, which could not be entered."""
+    if before is None:
+        return report
+    rounds = {(entry.round, bool(entry.lineage)): entry for entry in (*before.rounds, *report.rounds)}
+    failed = {entry.round: entry for entry in (*report.failed, *before.failed)}
+    return report.copy(update={"rounds": list(rounds.values()), "failed": list(failed.values())})
 
 
 def _volunteer(peer_id: str, name: str, samples: int, report: Report, silent: float) -> VolunteerStatus:

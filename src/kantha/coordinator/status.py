@@ -1,8 +1,9 @@
 """The run at a glance: what `GET /api/v1/status` answers, and what the page, the console and the demo show."""
 
-from pydantic import BaseModel, Field, field_serializer
+from pydantic import BaseModel, Field
 
-ROUNDS_TOLD = 500  # newest rounds that a status carries over the network
+ROUNDS_TOLD = 50  # newest rounds that a status carries
+HELDOUT_TOLD = 500  # newest measured checkpoints that it carries
 
 
 class VolunteerStatus(BaseModel):
@@ -33,6 +34,11 @@ class RoundStatus(BaseModel):
     sop_loss: float | None = Field(description="Loss of guessing the sentence order, nats per pair.")
     volunteers: int
     finished: float = Field(description="When the first report of it arrived, seconds since 1970.")
+    seconds: float | None = Field(None, description="Its length: since the round before finished.")
+    learning_rate: float | None = Field(None, description="Of the step that ended it; None where it is not known.")
+    computing_share: float | None = Field(
+        None, description="Share of its volunteers' time that they computed; None where none was reported."
+    )
     failed: bool = Field(description="True where no group could finish it at first, and it was tried again.")
     reason: str | None = Field(None, description="Why it failed, in the words of a peer.")
 
@@ -74,16 +80,11 @@ class RunStatus(BaseModel):
     )
     volunteers: list[VolunteerStatus] = Field(description="Who is here now, by name.")
     heldout: list[HeldoutStatus] = Field(
-        description=f"The last {ROUNDS_TOLD} checkpoints that were measured on held-out text, oldest first."
+        description=f"The last {HELDOUT_TOLD} checkpoints that were measured on held-out text, oldest first."
     )
     rounds: list[RoundStatus] = Field(
         description=f"The last {ROUNDS_TOLD} finished rounds, oldest first; the totals above are of all of them."
     )
-
-    @field_serializer("rounds")
-    def _newest(self, rounds: list[RoundStatus]) -> list[RoundStatus]:
-        return rounds[-ROUNDS_TOLD:]  # in the coordinator itself all are here, for the chart
-
-    @field_serializer("heldout")
-    def _newest_heldout(self, heldout: list[HeldoutStatus]) -> list[HeldoutStatus]:
-        return heldout[-ROUNDS_TOLD:]
+    problem: str = Field(
+        "", description="What is wrong with the run's records now, in a sentence; the figures may be old then."
+    )

@@ -133,6 +133,7 @@ class RoundsEngine:
         self._lost = 0  # this peer's own samples that were dropped, since a round ended
         self.lineages: dict[int, str] = {}  # after each of the last rounds
         self.shares: dict[int, dict[str, float]] = {}  # samples that each peer put into the last results, by round
+        self.learning_rates: dict[int, float] = {}  # of the last rounds' steps
         self._results: deque[RoundResult] = deque()
         self._headers: dict[int, UpdateHeader] = {}
         self._catching_up: FetchUpdates | None = None
@@ -553,7 +554,8 @@ class RoundsEngine:
             if header.order:
                 order = Order.model_validate_json(header.order)  # its signature was checked when it came
                 state = state.obey(order.number, order.anneal_samples)
-            self._step(self._schedule.rate(state))
+            rate = self._schedule.rate(state)
+            self._step(rate)
             self._follow_schedule(state.advance(int(sum(header.samples.values()))))
             self._version += 1
             own = self._joined.get(header.group)
@@ -563,7 +565,7 @@ class RoundsEngine:
             self._remember(round_number, header.group)
             self._rounds.sketch = self._sketch()
         self._averager.tell("set_replica", round_number, lineage, True)
-        self.shares[round_number] = header.samples
+        self.shares[round_number], self.learning_rates[round_number] = header.samples, rate
         peers = sum(samples > 0 for samples in header.samples.values())
         self._end_round(round_number, lineage, own or 0, peers)
         self._joined.clear()
@@ -584,6 +586,7 @@ class RoundsEngine:
         for old in sorted(self.lineages)[:-_LINEAGES_KEPT]:
             del self.lineages[old]
             self.shares.pop(old, None)
+            self.learning_rates.pop(old, None)
 
     def _drop_stale(self) -> None:
         """Gradients of weights that are too old would harm."""
