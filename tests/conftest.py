@@ -30,6 +30,7 @@ from kantha.coordinator.service import Coordinator
 from kantha.corpus import Batch, ExampleStream, load_tokenizer
 from kantha.spec import (
     DataSpec,
+    EvaluationSpec,
     FileSource,
     ModelSpec,
     OptimizerSpec,
@@ -94,6 +95,7 @@ def tiny_spec(tmp_path_factory: pytest.TempPathFactory) -> RunSpec:
         optimizer=OptimizerSpec(learning_rate=1e-2, beta2=0.98),
         schedule=ScheduleSpec(warmup_samples=64),
         swarm=SwarmSpec(target_batch_size=64),
+        evaluation=EvaluationSpec(sentences=(f"{WHO[0]} ___ খুঁজে পেল।", "গতকাল ___।")),
     )
 
 
@@ -213,6 +215,7 @@ def _web_app(_web_coordinator: _WebCoordinator, tiny_run: RunDirectory) -> FastA
 @pytest.fixture
 def web_app(_web_app: FastAPI, web_coordinator: Coordinator) -> FastAPI:
     """The web service of `web_coordinator`."""
+    _web_app.state.site.forget_kept()  # of the run before
     return _web_app
 
 

@@ -20,7 +20,7 @@ from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.status import HeldoutStatus
 from kantha.corpus import heldout_batches, load_tokenizer
-from kantha.evaluation import measure_heldout
+from kantha.evaluation import fill_blanks, measure_heldout
 from kantha.spec import RunSpec
 from kantha.training import Replica
 from kantha.training.checkpoint import MODEL_FILE, checkpoint_folder
@@ -119,6 +119,16 @@ def test_every_checkpoint_is_measured_from_the_first_weights_on(evaluated: Evalu
     assert (first.round, second.round, third.round) == (0, 4, 6)
     assert first.loss != second.loss != third.loss
     assert evaluated.said == []
+
+    tokenizer = load_tokenizer(run.tokenizer, run.spec.tokenizer.sha256)
+    filled = evaluated.ledger.blanks()
+    assert [entry.round for entry in filled] == [0, 4, 6]
+    for entry, model in ((filled[0], Replica(run.spec).model), (filled[1], trained.model)):
+        expected = fill_blanks(model, tokenizer, run.spec.evaluation.sentences)
+        assert [[guess.word for guess in guesses] for guesses in entry.guesses] == [
+            [word for word, _ in words] for words in expected
+        ]
+    assert all(len(guesses) == 3 for entry in filled for guesses in entry.guesses)
 
     process = psutil.Process(evaluated.evaluator._process.pid)
     assert process.nice() == min(19, psutil.Process().nice() + 10)

@@ -11,6 +11,7 @@ from kantha.errors import SpecError
 from kantha.spec import (
     PRESETS,
     DataSpec,
+    EvaluationSpec,
     FileSource,
     HuggingFaceSource,
     RunSpec,
@@ -37,6 +38,7 @@ ALL_SOURCES = RunSpec(
             HuggingFaceSource(kind="huggingface", name="a/b", config="bn"),
         )
     ),
+    evaluation=EvaluationSpec(sentences=("আমি ভাত ___।", "আকাশের রং ___।")),
 )
 
 
@@ -59,8 +61,9 @@ def test_a_spec_survives_yaml(spec: RunSpec) -> None:
     ["two\nlines", " ends ", "a: b # c", "null", "yes", "1.5", "'", '"', "...", "- a", "*a", "কাঁথা 🪡", "a " * 180],
 )
 def test_any_text_survives_yaml(text: str) -> None:
-    sources = (FileSource(kind="file", path=text),)
-    spec = RunSpec(name="x", goal=text.replace("\n", " "), data=DataSpec(sources=sources))
+    sources, line = (FileSource(kind="file", path=text),), text.replace("\n", " ")
+    evaluation = EvaluationSpec(sentences=(f"{line[:100]} ___", "___।"))
+    spec = RunSpec(name="x", goal=line, data=DataSpec(sources=sources), evaluation=evaluation)
     assert parse_spec(dump_spec(spec), "run.yaml") == spec
 
 
@@ -91,6 +94,8 @@ def test_every_field_has_a_description_that_stands_above_it() -> None:
     lines = dump_spec(ALL_SOURCES).splitlines()
     for above, line in pairwise(lines):
         field = line.strip().removeprefix("- ").partition(":")[0]
+        if line.lstrip().startswith("- ") and ":" not in line:  # one of several sentences
+            continue
         if line and not line.lstrip().startswith("#") and field not in ("kind", "local", "kaggle", "colab", "hosted"):
             assert above.lstrip().startswith("# ") or "kind:" in above, line
 
@@ -116,7 +121,8 @@ def changed_value(value: Any) -> Iterator[tuple[str, Any]]:
             yield "[]", value[:-1]
             yield "[swapped]", value[::-1]
             for i, item in enumerate(value):
-                yield from ((f"[{i}].{path}", (*value[:i], other, *value[i + 1 :])) for path, other in changed(item))
+                others = changed_value(item)
+                yield from ((f"[{i}]{path}", (*value[:i], other, *value[i + 1 :])) for path, other in others)
         case dict():
             for key, item in value.items():
                 yield f"[no {key}]", {k: v for k, v in value.items() if k != key}
@@ -189,6 +195,12 @@ def test_a_spec_sent_as_json_keeps_its_fingerprint() -> None:
         ('goal: "two\\nlines"\n', "line 5: goal:", "one line without control characters, not with U+000A"),
         ('goal: "\\u202E"\n', "line 5: goal:", "U+202E"),
         ("model:\n  activation: gelo\n", "line 6: model.activation:", "'gelu', 'gelu_new'"),
+        ("evaluation:\n  sentences:\n  - আমি ভাত খাই।\n", "line 7: evaluation.sentences[0]:", "must have one blank"),
+        ("evaluation:\n  sentences:\n  - a ____\n", "line 7: evaluation.sentences[0]:", "written ___"),
+        ('evaluation:\n  sentences: ["___\\n"]\n', "line 6: evaluation.sentences[0]:", "one line"),
+        (f"evaluation:\n  sentences: [{', '.join(['___'] * 9)}]\n", "line 6: evaluation.sentences:", "at most 8"),
+        ("schedule:\n  goal_samples: 0\n", "line 6: schedule.goal_samples:", "greater than or equal to 1"),
+        ("services:\n  colab:\n    checked: soon\n", "line 7: services.colab.checked:", "date"),
         ("seed: 1\nseed: 2\n", "line 6: seed:", "stands in line 5 already"),
         ("model:\n  layers: 2\n  layers: 3\n", "line 7: layers:", "stands in line 6 already"),
         ("model: {layers: 2, layers: 3}\n", "line 5: layers:", "already"),

@@ -172,7 +172,8 @@ PATHS = st.sampled_from(
     [
         "/",
         "/chart-data",
-        "/heldout-data",
+        "/charts",
+        "/join",
         "/api/v1/run",
         "/api/v1/status",
         "/api/v1/tokenizer.json",

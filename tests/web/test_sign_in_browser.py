@@ -223,8 +223,8 @@ def test_from_a_clean_terminal_to_a_member_and_out_again(
     sync_api.expect(asha.page.get_by_text("None is at work right now.")).to_be_visible()
     assert asha.page.evaluate("window.notReloaded")
     picture(asha, "me-suspended")
-    asha.page.goto(run.url)
-    sync_api.expect(asha.page.get_by_role("link", name="asha")).to_have_text("asha ⛔ suspended")
+    asha.page.goto(f"{run.url}/join")
+    sync_api.expect(asha.page.locator("#standing")).to_contain_text("⛔ A moderator suspended you for now")
 
     for person in (asha, mitu):
         assert person.errors == []

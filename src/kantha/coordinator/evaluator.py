@@ -12,6 +12,8 @@ minutes where text is streamed, and kept.
 What it measures is the sum that volunteers report of their training, masked tokens and sentence order. The two differ
 in this: theirs is of the round's own examples, with the weights from before it; and it weighs batches of like length by
 their examples and not by their masked tokens, which changed the demo's by 0.01 nats.
+
+It also notes what the model fills into the blanks of the run spec's sentences, which costs next to nothing.
 """
 
 import contextlib
@@ -28,13 +30,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import BaseModel, Field
+from tokenizers import Tokenizer
 
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.rundir import RunDirectory
-from kantha.coordinator.status import HeldoutStatus
+from kantha.coordinator.status import BlanksStatus, Guess, HeldoutStatus
 from kantha.corpus import Batch, heldout_batches, load_tokenizer
 from kantha.errors import DigestError, KanthaError, StorageError, printable
-from kantha.evaluation import measure_heldout
+from kantha.evaluation import fill_blanks, measure_heldout
 from kantha.model import build_model
 from kantha.swarm.processes import signal_when_parent_dies
 from kantha.training.checkpoint import MANIFEST, MODEL_FILE, checkpoint_folder, load_weights
@@ -55,6 +58,7 @@ class _Answer(BaseModel):
     """What came of one checkpoint; neither scores nor an error where it was gone before it could be read."""
 
     scores: HeldoutStatus | None = None
+    blanks: BlanksStatus | None = None
     error: str | None = None
     seconds: float = Field(0.0, description="CPU seconds that it took.")
 
@@ -97,7 +101,7 @@ class Evaluator:
                 return 0.0
             answer = self._ask(number, stop)
             if answer.scores is not None:
-                self._ledger.add_heldout(answer.scores)
+                self._ledger.add_heldout(answer.scores, answer.blanks)
                 self._failing = False
         except StorageError as error:
             answer = _Answer(error=str(error))
@@ -164,6 +168,7 @@ class _Measuring:
         self._run = run
         self._model = build_model(run.spec)
         self._batches: list[Batch] = []
+        self._tokenizer: Tokenizer | None = None
 
     def answer(self, number: int) -> _Answer:
         began = time.process_time()
@@ -172,17 +177,21 @@ class _Measuring:
             answer.scores = self._scores(number)
         except KanthaError as failure:
             answer.error = printable(failure)
-        if answer.scores is not None and not math.isfinite(answer.scores.loss):  # JSON has none either
-            answer = _Answer(error=f"its loss is {answer.scores.loss}")
+        if answer.scores is not None:
+            if math.isfinite(answer.scores.loss):  # JSON has no other numbers
+                answer.blanks = self._blanks(number)
+            else:
+                answer = _Answer(error=f"its loss is {answer.scores.loss}")
         answer.seconds = time.process_time() - began
         return answer
 
     def _scores(self, number: int) -> HeldoutStatus | None:
         """None where the checkpoint is gone; raises `DigestError` where it is damaged, and as `heldout_batches`."""
         run = self._run
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(run.tokenizer, run.spec.tokenizer.sha256)
         if not self._batches:
-            tokenizer = load_tokenizer(run.tokenizer, run.spec.tokenizer.sha256)
-            self._batches = heldout_batches(run.spec, tokenizer, EXAMPLES, _BATCH)
+            self._batches = heldout_batches(run.spec, self._tokenizer, EXAMPLES, _BATCH)
         folder = checkpoint_folder(run.checkpoints, number)
         try:
             load_weights(self._model, folder)
@@ -192,6 +201,15 @@ class _Measuring:
             return None  # only the newest are kept, and it may be deleted at any moment
         scores = measure_heldout(self._model, self._batches)
         return HeldoutStatus(round=number, loss=scores.mlm_loss + scores.sop_loss, **asdict(scores))
+
+    def _blanks(self, number: int) -> BlanksStatus:
+        """What the model that was measured just now fills in."""
+        assert self._tokenizer is not None
+        filled = fill_blanks(self._model, self._tokenizer, self._run.spec.evaluation.sentences)
+        return BlanksStatus(
+            round=number,
+            guesses=[[Guess(word=word, probability=share) for word, share in words] for words in filled],
+        )
 
 
 def main() -> None:

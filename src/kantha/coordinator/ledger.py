@@ -2,6 +2,7 @@
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -30,7 +31,7 @@ from kantha.coordinator.contributions import (
 )
 from kantha.coordinator.database import Database, Table, insert
 from kantha.coordinator.leases import Stay
-from kantha.coordinator.status import HeldoutStatus, RoundStatus
+from kantha.coordinator.status import BlanksStatus, Guess, HeldoutStatus, RoundStatus
 from kantha.errors import printable
 from kantha.swarm.membership import Membership
 from kantha.swarm.reports import ROUNDS_KEPT, RoundReport
@@ -89,6 +90,17 @@ class HeldoutRound(Table):
     sop_accuracy: Mapped[float]
     masked: Mapped[int]
     pairs: Mapped[int]
+
+
+class BlankFilled(Table):
+    """One word that the model of one round would put into the blank of one of the run spec's sentences."""
+
+    __tablename__ = "guesses"
+    round: Mapped[int] = mapped_column(primary_key=True)
+    sentence: Mapped[int] = mapped_column(primary_key=True)  # from 0, in the spec's order
+    rank: Mapped[int] = mapped_column(primary_key=True)  # from 0, the likeliest
+    word: Mapped[str] = mapped_column(String(100))
+    probability: Mapped[float]
 
 
 def enter_member(session: Session, membership: Membership, person: int | None) -> None:
@@ -415,7 +427,7 @@ class Ledger:
             change = Change(session)
             first = max(number, change.thinned)
             change.drop(Contribution.round > first)
-            for table in (HeldoutRound, Result, Share):
+            for table in (HeldoutRound, BlankFilled, Result, Share):
                 session.execute(delete(table).where(table.round > number))
             first_changed = change.close()
         with self._heldout_lock:
@@ -457,12 +469,39 @@ class Ledger:
                 session.execute(update(Totals).values(thinned=until))
         return last
 
-    def add_heldout(self, scores: HeldoutStatus) -> None:
-        """Enter what the model of a round scored on held-out text; the newer word counts."""
+    def add_heldout(self, scores: HeldoutStatus, blanks: BlanksStatus | None = None) -> None:
+        """Enter what the model of a round scored on held-out text and filled into blanks; the newer word counts."""
         with self.database.session() as session:
             session.merge(HeldoutRound(**scores.model_dump(exclude={"loss"})))
+            if blanks is not None:
+                session.execute(delete(BlankFilled).where(BlankFilled.round == blanks.round))
+                session.add_all(
+                    BlankFilled(round=blanks.round, sentence=sentence, rank=rank, **guess.model_dump())
+                    for sentence, guesses in enumerate(blanks.guesses)
+                    for rank, guess in enumerate(guesses)
+                )
         with self._heldout_lock:
             self._heldout = None
+
+    def blanks(self, earlier: int = 3) -> list[BlanksStatus]:
+        """What the newest measured model fills into the blanks, and before it that of `earlier` former rounds, each
+        about half as far as the next, the first measured one among them; oldest first."""
+        with self.database.reading() as session:
+            measured = list(session.scalars(select(BlankFilled.round).distinct().order_by(BlankFilled.round)))
+            if not measured:
+                return []
+            chosen, newest = {measured[0], measured[-1]}, measured[-1]
+            for halvings in range(1, earlier):
+                chosen.add(measured[bisect_left(measured, newest / 2**halvings)])
+            query = select(BlankFilled).where(BlankFilled.round.in_(chosen))
+            rows = session.scalars(query.order_by(BlankFilled.round, BlankFilled.sentence, BlankFilled.rank))
+            found: dict[int, list[list[Guess]]] = {}
+            for row in rows:
+                sentences = found.setdefault(row.round, [])
+                while len(sentences) <= row.sentence:
+                    sentences.append([])
+                sentences[row.sentence].append(Guess(word=row.word, probability=row.probability))
+        return [BlanksStatus(round=number, guesses=guesses) for number, guesses in found.items()]
 
     # ---- the run
 

@@ -496,6 +496,7 @@ class Coordinator:
         return RunStatus(
             name=spec.name,
             goal=spec.goal,
+            goal_samples=spec.schedule.goal_samples,
             fingerprint=spec.fingerprint,
             address=self.address,
             round=number,

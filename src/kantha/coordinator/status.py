@@ -56,9 +56,26 @@ class HeldoutStatus(BaseModel):
     pairs: int = Field(description="Pairs in the sample.")
 
 
+class Guess(BaseModel):
+    """One word that the model would put into a blank."""
+
+    word: str
+    probability: float = Field(description="How likely the model thinks that word, 0 to 1.")
+
+
+class BlanksStatus(BaseModel):
+    """What the model of one round fills into the blanks of the run spec's `evaluation.sentences`."""
+
+    round: int = Field(description="The round of the checkpoint; 0 are the weights that the run began with.")
+    guesses: list[list[Guess]] = Field(description="For each sentence, in the spec's order, the likeliest words first.")
+
+
 class RunStatus(BaseModel):
     name: str
     goal: str
+    goal_samples: int | None = Field(
+        None, description="Samples after which the organizer means to anneal; None: nothing is said of that."
+    )
     fingerprint: str
     address: str = Field(description="The run's link, which volunteers join by.")
     round: int = Field(description="Finished rounds of the swarm.")

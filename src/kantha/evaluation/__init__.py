@@ -3,10 +3,21 @@
 from kantha.evaluation.heldout import (
     FilledMask,
     HeldoutScores,
+    fill_blanks,
     fill_masks,
     heldout_loss,
     measure_heldout,
     quiet_transformers,
+    word_pieces,
 )
 
-__all__ = ["FilledMask", "HeldoutScores", "fill_masks", "heldout_loss", "measure_heldout", "quiet_transformers"]
+__all__ = [
+    "FilledMask",
+    "HeldoutScores",
+    "fill_blanks",
+    "fill_masks",
+    "heldout_loss",
+    "measure_heldout",
+    "quiet_transformers",
+    "word_pieces",
+]

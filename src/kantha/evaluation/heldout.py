@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import AlbertForPreTraining, pipeline
 from transformers.utils import logging as transformers_logging
 
-from kantha.corpus import Batch
+from kantha.corpus import MASK_ID, SPECIAL_TOKENS, Batch
 from kantha.model import pretraining_logits
+from kantha.spec import BLANK
+
+_WORD_MARK = "▁"  # before a piece that begins a word
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,48 @@ def fill_masks(model_folder: Path, sentences: Sequence[str], guesses: int = 3) -
             masked = " ".join(words)
             filled.append(FilledMask(masked, word, [guess["token_str"].strip() for guess in fill(masked)]))
         return filled
+
+
+def word_pieces(tokenizer: Tokenizer) -> dict[int, str]:
+    """The words that are one piece of the tokenizer, by its id: what can stand in a blank by itself."""
+    return {
+        number: piece.removeprefix(_WORD_MARK)
+        for piece, number in tokenizer.get_vocab().items()
+        # of a letter alone one cannot tell whether it is a word
+        if piece.startswith(_WORD_MARK) and len(piece) > 2 and any(map(str.isalpha, piece))
+    }
+
+
+@torch.inference_mode()
+def fill_blanks(
+    model: AlbertForPreTraining, tokenizer: Tokenizer, sentences: Sequence[str], guesses: int = 3
+) -> list[list[tuple[str, float]]]:
+    """What the model puts into the one blank of each sentence: words, likeliest first, with their probabilities.
+
+    Only words of one piece are candidates (`word_pieces`); the probabilities are those among all pieces.
+
+    :param sentences: each with a `BLANK`
+    """
+    model.eval()
+    words = word_pieces(tokenizer)
+    candidates = torch.tensor(sorted(words))
+    filled: list[list[tuple[str, float]]] = []
+    for sentence in sentences:
+        ids = tokenizer.encode(sentence.replace(BLANK, SPECIAL_TOKENS[MASK_ID])).ids
+        ids = ids[: model.config.max_position_embeddings]
+        if MASK_ID not in ids or not len(candidates):
+            filled.append([])
+            continue
+        hidden_LH = model.albert(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        logits_V = model.predictions(hidden_LH[ids.index(MASK_ID)]).float()
+        best = logits_V.softmax(-1)[candidates].topk(min(guesses, len(candidates)))
+        filled.append(
+            [
+                (words[int(candidates[index])], probability)
+                for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+        )
+    return filled
 
 
 @contextmanager

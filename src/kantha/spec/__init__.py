@@ -2,7 +2,9 @@
 
 from kantha.spec.files import dump_spec, load_spec, parse_spec
 from kantha.spec.models import (
+    BLANK,
     DataSpec,
+    EvaluationSpec,
     FileSource,
     FilterSpec,
     HuggingFaceSource,
@@ -14,6 +16,7 @@ from kantha.spec.models import (
     RunSpec,
     ScheduleSpec,
     Service,
+    ServiceSpec,
     ShobdoSource,
     Source,
     SwarmSpec,
@@ -23,8 +26,10 @@ from kantha.spec.presets import PRESETS
 from kantha.spec.schedule import Schedule, ScheduleState
 
 __all__ = [
+    "BLANK",
     "PRESETS",
     "DataSpec",
+    "EvaluationSpec",
     "FileSource",
     "FilterSpec",
     "HuggingFaceSource",
@@ -38,6 +43,7 @@ __all__ = [
     "ScheduleSpec",
     "ScheduleState",
     "Service",
+    "ServiceSpec",
     "ShobdoSource",
     "Source",
     "SwarmSpec",

@@ -142,8 +142,11 @@ def _lines(part: BaseModel, depth: int) -> Iterator[str]:
                 yield f"{indent}  {key}:"
                 yield from _lines(item, depth + 2)
         elif isinstance(value, tuple):
-            yield f"{indent}{name}:"
+            yield f"{indent}{name}:" if value else f"{indent}{name}: []"
             for item in value:
+                if not isinstance(item, BaseModel):
+                    yield f"{indent}  - {_scalar(item)}"
+                    continue
                 body = list(_lines(item, depth + 2))
                 start = next(i for i, line in enumerate(body) if not line.lstrip().startswith("#"))
                 body[start] = f"{indent}  - {body[start].lstrip()}"

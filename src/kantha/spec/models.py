@@ -7,6 +7,7 @@ specs never meet. What only one machine decides (its port, its disk, its micro-b
 import hashlib
 import json
 import re
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -165,6 +166,12 @@ class ScheduleSpec(_Part):
         0, ge=0, description="Samples over which a round grows from first_batch_size to its full size; 0: full at once."
     )
     first_batch_size: int = Field(256, ge=1, description="Examples that make the first round, where rounds grow.")
+    goal_samples: int | None = Field(
+        None,
+        ge=1,
+        le=10**15,
+        description="Samples after which you mean to anneal: the goal on the run's page. It orders nothing by itself.",
+    )
 
 
 class SwarmSpec(_Part):
@@ -177,6 +184,25 @@ class SwarmSpec(_Part):
     checkpoint_rounds: int = Field(20, ge=1, description="The coordinator saves a checkpoint every this many rounds.")
 
 
+BLANK = "___"
+
+
+def _has_one_blank(sentence: str) -> str:
+    if re.findall("_+", sentence) != [BLANK]:
+        raise ValueError(f"must have one blank, written {BLANK}")
+    return sentence
+
+
+class EvaluationSpec(_Part):
+    """What the coordinator asks of the model while the run goes on, beside its loss on held-out text."""
+
+    sentences: tuple[Annotated[OneLine, Field(max_length=160), AfterValidator(_has_one_blank)], ...] = Field(
+        (),
+        max_length=8,
+        description=f"Sentences with one word left blank ({BLANK}); the run's page shows what the model fills in.",
+    )
+
+
 Service = Literal["local", "kaggle", "colab", "hosted"]  # hosted: any other notebook that somebody lends
 
 
@@ -184,6 +210,12 @@ class ServiceSpec(_Part):
     """A place where volunteers run."""
 
     max_instances: int = Field(1, ge=1, description="How many instances one volunteer may run there at once.")
+    rules: OneLine = Field(
+        "",
+        max_length=600,
+        description="What this place allows, in plain words, for the run's page; empty: nothing to say.",
+    )
+    checked: date | None = Field(None, description="The day on which somebody looked these rules up, as 2026-06-07.")
 
 
 class RunSpec(_Part):
@@ -202,6 +234,7 @@ class RunSpec(_Part):
     optimizer: OptimizerSpec = Field(OptimizerSpec(), description="How gradients become steps.")
     schedule: ScheduleSpec = Field(ScheduleSpec(), description="Learning rate and batch size by samples seen.")
     swarm: SwarmSpec = Field(SwarmSpec(), description="How the peers work together.")
+    evaluation: EvaluationSpec = Field(EvaluationSpec(), description="What the model is asked while the run goes on.")
     services: dict[Service, ServiceSpec] = Field(
         {
             "local": ServiceSpec(max_instances=4),

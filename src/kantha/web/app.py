@@ -18,9 +18,9 @@ from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
 from kantha.errors import LeaseError, MembershipError, SignInError, StorageError, printable
 from kantha.swarm.membership import DepartureRequest, MembershipRequest
-from kantha.web import desk, people, polls, signin
-from kantha.web.pages import Invitation, page_router
-from kantha.web.site import FORM_TYPES, Site, largest_form, visitor_of
+from kantha.web import dashboard, desk, people, polls, signin
+from kantha.web import join as ways_to_join
+from kantha.web.site import FORM_TYPES, Site, largest_form
 
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -55,8 +55,7 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
     for kind, code in _STATUS.items():
         app.add_exception_handler(kind, partial(_tell, code))
     app.add_exception_handler(RequestValidationError, _tell_what_is_malformed)
-    app.include_router(page_router(coordinator.status, partial(_invitation, site)), include_in_schema=False)
-    for pages in (people, desk, polls):
+    for pages in (dashboard, people, ways_to_join, desk, polls):
         pages.add_pages(site)
 
     @app.get("/api/v1/run")
@@ -96,16 +95,6 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
         return FileResponse(path)
 
     return app
-
-
-def _invitation(site: Site, request: Request) -> Invitation | None:
-    visitor = visitor_of(request)
-    if site.is_local:
-        return None
-    if visitor is None:
-        return Invitation(site.link, site.sign_in_address(""))
-    state = visitor.standing.state
-    return Invitation(site.link, site.sign_in_address(""), visitor.username, state.sign, state.value)
 
 
 def _with_status(response: Response, answer: Admission | Waiting) -> Admission | Waiting:

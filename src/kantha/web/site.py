@@ -370,6 +370,11 @@ class Site:
             self._kept[at] = (time.monotonic() + seconds, value)
         return value
 
+    def forget_kept(self) -> None:
+        """Whoever asks next gets it made anew."""
+        with self._lock:
+            self._kept.clear()
+
     def _route_class(self) -> type[APIRoute]:
         site = self
 
@@ -483,7 +488,8 @@ def load_assets() -> tuple[dict[str, str], dict[str, Asset]]:
     bokeh_script = Path(bokehjs_path()) / "js" / "bokeh.min.js"
     add("bokeh", f"bokeh-{bokeh.__version__}.min.js", bokeh_script.read_bytes(), "text/javascript")
     for key, file, media_type in [
-        ("script", "page.js", "text/javascript"),
+        ("charts", "charts.js", "text/javascript"),
+        ("clipboard", "clipboard.js", "text/javascript"),
         ("live", "live.js", "text/javascript"),
         ("style", "page.css", "text/css"),
         ("icon", "page.svg", "image/svg+xml"),

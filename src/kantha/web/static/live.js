@@ -6,8 +6,16 @@ const POLL = 3000;
 const POLL_HIDDEN = 30000;
 const PATIENCE = 8000;
 
+// a page that many look at has its live parts at an address of their own
+const source = document.querySelector("[data-live-from]")?.dataset.liveFrom ?? location.href;
+
 async function update() {
-  const answer = await fetch(location.href, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
+  const answer = await fetch(source, {
+    cache: "no-store",
+    headers: { "Accept-Language": document.documentElement.lang },
+    signal: AbortSignal.timeout(PATIENCE),
+  });
+  if (answer.status >= 500) throw new Error(`the coordinator answered ${answer.status}`);
   // signed out meanwhile: the page of the sign-in is not this one
   if (!answer.ok || answer.redirected) return;
   const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
@@ -23,8 +31,10 @@ let timer;
 async function poll() {
   try {
     await update();
+    document.body.classList.remove("lost");
   } catch {
     // the coordinator is away: what is shown stays, and the next poll asks again
+    document.body.classList.add("lost");
   } finally {
     clearTimeout(timer);
     timer = setTimeout(poll, document.hidden ? POLL_HIDDEN : POLL);
