@@ -2,8 +2,8 @@
 tables since the last one. Read it before it is committed: Alembic sees no renaming, and moves no data.
 """
 
+import argparse
 import importlib
-import sys
 import tempfile
 from pathlib import Path
 from pkgutil import iter_modules
@@ -16,6 +16,9 @@ from kantha.coordinator.migrations import HERE, config_for
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kantha.coordinator.migrations", description=__doc__)
+    parser.add_argument("what", help="is new, in a few words: the name of the revision")
+    what = parser.parse_args().what
     for module in iter_modules(kantha.coordinator.__path__):
         if not module.ispkg:
             importlib.import_module(f"kantha.coordinator.{module.name}")
@@ -25,9 +28,7 @@ def main() -> None:
         if number > 1:
             database.migrate()
         with database.session() as session:
-            command.revision(
-                config_for(session.connection()), " ".join(sys.argv[1:]), autogenerate=True, rev_id=f"{number:04d}"
-            )
+            command.revision(config_for(session.connection()), what, autogenerate=True, rev_id=f"{number:04d}")
         database.close()
 
 
