@@ -17,6 +17,7 @@ TOKEN = f"hf_{_MARK}TokenVx4"
 ACCESS_TOKEN = f"hf_oauth_{_MARK}AccessTokenVx4"
 CODE = f"{_MARK}CodeVx4"
 CHAT = f"{_MARK}ChatVx4"
+API_KEY = f"{_MARK}ApiKeyVx4"
 
 _FOUND = re.compile(rb"zQ7canary([A-Za-z]+?)Vx4|-----BEGIN [A-Z ]*(PRIVATE KEY)-----")
 _MADE_TO_HOLD = re.compile(r"oauth\.json|notify\.txt|[\w-]+\.pem|(stored_)?tokens?")

@@ -182,7 +182,7 @@ class _WebCoordinator(Coordinator):
 
     def take(self, run: RunDirectory) -> None:
         self.run = run
-        self._notifier = Notifier(run.keys, f"{self.address}/desk", run.spec.name, print)
+        self._notifier = Notifier(run.keys, self.address, run.spec.name, print)
         self._open_books()
         self._status = None
         self._checkpoint_round = 0

@@ -18,6 +18,8 @@ from kantha.training.checkpoint import CHECKPOINT_FILES, MANIFEST
 
 
 class RemoteFile(FileDigest):
+    """A file of the coordinator, which is believed only by its digest."""
+
     path: str = Field(
         pattern=r"^\w[\w./-]*$",  # no scheme, no host: a file comes from the coordinator or not at all
         description="Where to get it, relative to the run's address.",
@@ -27,7 +29,7 @@ class RemoteFile(FileDigest):
 class Snapshot(BaseModel):
     """The newest checkpoint."""
 
-    round: int
+    round: int = Field(description="After which it was saved; 0: the first weights.")
     files: dict[str, RemoteFile] = Field(description="By file name; checkpoint.json is the manifest of the others.")
 
     @field_validator("files")
@@ -46,7 +48,7 @@ class RunDescription(BaseModel):
     kantha: Literal["run"] = Field("run", description="Says that this is a Kantha coordinator.")
     version: str = Field(description="The coordinator's version of Kantha.")
     fingerprint: str = Field(description="SHA-256 of the canonical spec.")
-    spec: dict[str, Any]
+    spec: dict[str, Any] = Field(description="All that peers must agree on; `kantha init` explains every field.")
     public_key: str = Field(
         pattern="^[0-9a-f]{64}$", description="The run's Ed25519 key in hex; membership certificates are signed by it."
     )
@@ -55,27 +57,27 @@ class RunDescription(BaseModel):
         "local", description="Who people are: local believes the name that somebody on this very machine gives."
     )
     bootstrap: list[str] = Field(description="Multiaddrs of peers that welcome newcomers.")
-    tokenizer: RemoteFile
-    snapshot: Snapshot
+    tokenizer: RemoteFile = Field(description="Of the run; what all peers read text by.")
+    snapshot: Snapshot = Field(description="What a newcomer may begin with where no peer gives it the state.")
 
 
 class Admission(BaseModel):
     """A member is in; it asks again every `renew_seconds`, or its lease ends."""
 
-    certificate: Certificate
+    certificate: Certificate = Field(description="What other peers want to see.")
     notice: str = Field("", max_length=MOST_NOTICE, description="The organizer's newest; empty: there is none.")
-    renew_seconds: float = Field(gt=0, le=3600)
+    renew_seconds: float = Field(gt=0, le=3600, description="Until it should ask again.")
 
 
 class Waiting(BaseModel):
     """Not in yet; the same question is asked again after `poll_seconds`."""
 
-    state: Literal["sign_in", "asked"]
+    state: Literal["sign_in", "asked"] = Field(description="Whose turn it is: its owner's, or a moderator's.")
     message: str = Field(max_length=500, description="What happens next, in a sentence for the person who waits.")
     code: str = Field("", max_length=20, description="sign_in: shown here, and confirmed in the browser.")
     path: str = Field("", max_length=200, description="sign_in: where to confirm it, relative to the run's address.")
     expires: float = Field(0.0, description="sign_in: when the code ends, seconds since 1970.")
-    poll_seconds: float = Field(gt=0, le=60)
+    poll_seconds: float = Field(gt=0, le=60, description="Until it should ask again.")
 
 
 class LeaseTaken(BaseModel):
@@ -88,5 +90,5 @@ class TokenSignIn(BaseModel):
     """Signs in by a Hugging Face token, which is used once and forgotten."""
 
     model_config = ConfigDict(extra="forbid")
-    request: MembershipRequest
-    token: SecretStr = Field(min_length=1, max_length=200)
+    request: MembershipRequest = Field(description="As for joining without a token.")
+    token: SecretStr = Field(min_length=1, max_length=200, description="Of the kind that may only read.")

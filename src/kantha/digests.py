@@ -12,7 +12,7 @@ class FileDigest(BaseModel):
     """How a file must be, to be believed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of all of it, in hex.")
     size: int = Field(ge=0, description="Bytes.")
 
     def matches(self, path: Path) -> bool:

@@ -130,7 +130,7 @@ def join(coordinator: Coordinator, machine: PeerIdentity, **fields: Any) -> Call
 
 def download(coordinator: Coordinator, machine: PeerIdentity, **fields: Any) -> Callable[[], object]:
     request = DownloadRequest.signed(machine, fields.pop("run", coordinator.run), **fields)
-    header = f"Kantha {base64.b64encode(request.model_dump_json().encode()).decode()}"
+    header = f"Kantha {base64.urlsafe_b64encode(request.model_dump_json().encode()).decode()}"
     return lambda: coordinator.admission.check_download(header)
 
 

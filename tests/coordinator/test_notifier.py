@@ -64,7 +64,7 @@ def notifier(tmp_path: Path, said: list[str]) -> Iterator[Make]:
     made: list[Notifier] = []
 
     def make(gather: float = 0.0) -> Notifier:
-        made.append(Notifier(tmp_path, "https://kantha.example/desk", "bengali-albert", said.append, gather))
+        made.append(Notifier(tmp_path, "https://kantha.example", "bengali-albert", said.append, gather))
         made[-1].start()
         return made[-1]
 
@@ -158,3 +158,22 @@ def test_addresses_that_others_can_read_are_refused(notifier: Make, tmp_path: Pa
     with pytest.raises(RunDirectoryError, match="chmod 600") as caught:
         notifier()
     assert SECRET not in str(caught.value)
+
+
+def test_milestones_and_requests_that_come_together_are_two_messages(
+    chat: Chat, notifier: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ADDRESSES, chat.address)
+    one = notifier(gather=60.0)
+    one.announce("The model has seen 1,000 samples.")
+    one.tell("asha")
+    one.announce("The model has seen 10,000 samples.")
+    one.close()
+    messages = [chat.messages.get(timeout=10) for _ in range(2)]
+    assert [message["title"] for message in messages] == [
+        "bengali-albert: 1 asks to join",
+        "bengali-albert: The model has seen 10,000 samples.",
+    ]
+    for part in ("1,000 samples.\nThe model has seen 10,000", "https://kantha.example"):
+        assert part in messages[1]["message"]
+    assert chat.messages.empty()

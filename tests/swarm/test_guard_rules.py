@@ -1,5 +1,7 @@
 """The guard of one process, without a network: who is a member, and what is heard of notices."""
 
+import asyncio
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,3 +108,31 @@ def test_nobody_guards_with_a_certificate_that_others_would_refuse(key: RunKey, 
     stranger = RunKey.generate(tmp_path / "stranger.pem")
     with pytest.raises(MembershipError, match="not signed by the run's key"):
         Guard(Trust(RUN, key.public_key), stranger.certify(RUN, "eve", "eve"))
+
+
+def test_a_greeting_that_fails_when_nobody_waits_for_it_any_more_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def call_and_give_up() -> list[str]:
+        told: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+        one = guard_module._GuardedP2P()
+        called, given_up = asyncio.Event(), asyncio.Event()
+
+        async def fail(_: object) -> None:
+            called.set()
+            await given_up.wait()
+            raise OSError("the peer is gone")
+
+        monkeypatch.setattr(one, "_exchange", fail)
+        caller = asyncio.ensure_future(one._greet("peer"))  # type: ignore[arg-type]
+        await called.wait()
+        caller.cancel()
+        await asyncio.wait([caller])
+        greeting = one._greetings["peer"]  # type: ignore[index]
+        given_up.set()
+        await asyncio.wait([greeting])
+        assert not one._greetings
+        del greeting
+        gc.collect()
+        return told
+
+    assert asyncio.run(call_and_give_up()) == []

@@ -182,6 +182,14 @@ PATHS = st.sampled_from(
         "/api/v1/departures",
         "/api/v1/checkpoints/0/model.safetensors",
         "/openapi.json",
+        "/api/docs",
+        "/api/v1/milestones",
+        "/api/v1/export/rounds.csv",
+        "/api/v1/export/volunteers.json",
+        "/badge/loss.svg",
+        "/feed.atom",
+        "/metrics",
+        "/milestones",
         "/sign-in",
         "/sign-in/callback",
         "/sign-out",
@@ -189,7 +197,9 @@ PATHS = st.sampled_from(
         "/me",
         "/desk",
     ]
-) | st.builds("{}{}".format, st.sampled_from(["/static/", "/api/v1/checkpoints/", "/api/v1/checkpoints/0/", "/"]), ODD)
+) | st.builds(
+    "{}{}".format, st.sampled_from(["/static/", "/badge/", "/api/v1/checkpoints/", "/api/v1/checkpoints/0/", "/"]), ODD
+)
 QUERIES = st.dictionaries(
     st.sampled_from(["to", "code", "state", "error", "error_description", "q", "page", "iss"]) | LETTERS,
     WORDS,

@@ -14,6 +14,7 @@ from kantha.coordinator import limiter
 from kantha.coordinator.rundir import RunDirectory
 from kantha.errors import (
     KanthaError,
+    MissingPackageError,
     PortTakenError,
     ProcessEndedError,
     RunDirectoryError,
@@ -34,9 +35,16 @@ class FakeCoordinator:
     on_failure: Callable[[], None]
 
     def __init__(
-        self, run: Any, host: str, p2p_port: int, address: str, say: Callable[[str], None], sign_in: str
+        self,
+        run: Any,
+        host: str,
+        p2p_port: int,
+        address: str,
+        say: Callable[[str], None],
+        sign_in: str,
+        wandb: str | None,
     ) -> None:
-        self.run, self.address, self.sign_in = run, address, sign_in
+        self.run, self.address, self.sign_in, self.wandb = run, address, sign_in, wandb
 
     def start(self) -> None:
         type(self).started(self)
@@ -300,3 +308,26 @@ def test_children_of_a_coordinator_that_is_dying_are_waited_for(monkeypatch: pyt
     port = dying.getsockname()[1]
     threading.Timer(0.3, dying.close).start()
     module._bind("127.0.0.1", port, "--port").close()
+
+
+@pytest.mark.parametrize("project", [None, "village/albert"])
+def test_a_mirror_is_made_where_it_is_asked_for(
+    run_path: Path, coordinator: type[FakeCoordinator], monkeypatch: pytest.MonkeyPatch, project: str | None
+) -> None:
+    asked: list[str | None] = []
+
+    def started(one: FakeCoordinator) -> None:
+        asked.append(one.wandb)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(coordinator, "started", started, raising=False)
+    serve(run_path, wandb=project)
+    assert asked == [project]
+
+
+def test_a_mirror_takes_a_package_which_is_told_before_anything_starts(
+    run_path: Path, coordinator: type[FakeCoordinator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'kantha\[wandb\]'"):
+        serve(run_path, wandb="albert")

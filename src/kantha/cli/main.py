@@ -127,11 +127,19 @@ def serve(
             "Default: http:// and where this listens.",
         ),
     ] = None,
+    wandb: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROJECT",
+            help="Mirror the run's curves to this project at Weights & Biases, or ENTITY/PROJECT; `wandb login` first. "
+            "Figures of whole rounds only, no names.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a run: its page, its API, its place in the swarm. Ctrl-C stops it; a restart carries on."""
     from kantha.web.serve import serve as serve_run
 
-    serve_run(run_dir, host, port, p2p_port, _say, sign_in, address)
+    serve_run(run_dir, host, port, p2p_port, _say, sign_in, address, wandb)
 
 
 @app.command()

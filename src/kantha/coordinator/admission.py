@@ -177,7 +177,7 @@ class Admission:
         try:
             if scheme != "Kantha" or len(encoded) > _MOST_HEADER:
                 raise ValueError
-            request = DownloadRequest.model_validate_json(base64.b64decode(encoded, validate=True))
+            request = DownloadRequest.model_validate_json(base64.b64decode(encoded, altchars=b"-_", validate=True))
         except (ValidationError, binascii.Error, ValueError):
             raise MembershipError("checkpoints are for members: `kantha join` shows that it is one") from None
         peer_id = self._verified(request)

@@ -18,6 +18,8 @@ STRANGERS = RateLimitItemPerMinute(6_000)  # requests of all peers together that
 PAIRINGS = RateLimitItemPerMinute(300)  # new codes
 # New certificates of one person: each may be revoked, and all peers are told of at most 5,000.
 CERTIFICATES = RateLimitItemPerHour(60)
+EXPORTS = RateLimitItemPerMinute(6)  # of the ledger, to one address elsewhere; a large one takes seconds of computing
+_PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 
 class TooManyRequestsError(Exception):
@@ -46,6 +48,17 @@ class Limiter:
 def address_of(request: Request) -> str:
     """For the limits alone: it is kept in memory for a minute, and said nowhere."""
     return network_of(request.client.host) if request.client is not None else ""
+
+
+def is_local(request: Request) -> bool:
+    """Whether the request comes from this machine itself; behind a proxy everything seems to, so that is refused."""
+    if any(header in request.headers for header in _PROXY_HEADERS) or request.client is None:
+        return False
+    try:
+        address = ipaddress.ip_address(request.client.host)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # mapped: as an IPv6 socket sees IPv4
+    except ValueError:
+        return False
 
 
 def network_of(address: str) -> str:

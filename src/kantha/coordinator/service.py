@@ -1,8 +1,9 @@
 """The coordinator at work: welcomes peers, collects their reports into the ledger, keeps checkpoints.
 
 The engine takes part in the averaging without gradients of its own, and keeps the replica up to date. Three threads go
-with it: `save` writes checkpoints, `collect` enters reports into the ledger, `evaluate` has checkpoints measured on
-held-out text; the web server's threads ask for the status.
+with it: `save` writes checkpoints, `collect` enters reports into the ledger and looks for milestones, `evaluate` has
+checkpoints measured on held-out text; and a fourth, `mirror`, where the curves are wanted at Weights & Biases. The web
+server's threads ask for the status.
 """
 
 import ipaddress
@@ -21,6 +22,8 @@ from kantha.coordinator.bulletin import Bulletin
 from kantha.coordinator.database import open_database
 from kantha.coordinator.evaluator import Evaluator
 from kantha.coordinator.ledger import Ledger, RunTotals
+from kantha.coordinator.milestones import Milestones
+from kantha.coordinator.mirror import Mirror
 from kantha.coordinator.notifier import Notifier
 from kantha.coordinator.polls import Polls
 from kantha.coordinator.rundir import TOKENIZER_FILE, RunDirectory
@@ -88,19 +91,22 @@ class Coordinator:
         address: str,
         say: Callable[[str], None],
         sign_in: SignIn = "local",
+        wandb: str | None = None,
     ) -> None:
         """
         :param host: IP address that the swarm listens on
         :param address: the run's link
         :param say: told in a sentence what happens
+        :param wandb: the project at Weights & Biases that the run's curves are mirrored to
         :raises PortTakenError: when the swarm's port is in use
         :raises DigestError: when no checkpoint of the run is whole
         """
         self.run = run
         self.address = address
         self._say = say
-        self._notifier = Notifier(run.keys, f"{address}/desk", run.spec.name, say)
+        self._notifier = Notifier(run.keys, address, run.spec.name, say)
         self.sign_in: SignIn = sign_in
+        self._wandb = wandb
         self._open_books()
         self._here: dict[str, str] = {}  # who was here when we last looked, for what is said
         # by leavers, for a round that is not finished yet; by peer and round, since a report repeats its rounds
@@ -144,7 +150,7 @@ class Coordinator:
         # daemons: a second Ctrl-C must end the program even while one of them waits for an averaging
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=work.__name__, daemon=True)
-            for work in (self._save, self._collect, self._evaluate)
+            for work in (self._save, self._collect, self._evaluate, *([self._mirror] if wandb else []))
         ]
 
     def _open_books(self) -> None:
@@ -158,6 +164,8 @@ class Coordinator:
         self.polls = Polls(database, self.allowlist, self.sign_in)
         self.admission.restart()
         self._key_changed = self.run.key_changed()
+        goal = self.run.spec.schedule.goal_samples
+        self.milestones = Milestones(self.ledger, goal, self._notifier.announce, self.polls.all)
         self._look_after = 0.0  # time.monotonic() until which nobody looks for a new key, or a new notice
         self._certify_after = 0.0  # time.monotonic() until which the coordinator's own certificate is good enough
         self._told = ""  # the notice that the swarm was told
@@ -340,6 +348,19 @@ class Coordinator:
             _log.exception("the evaluator failed")
             self._say(f"held-out text is not measured any more ({error!r}; {self.run.log} says more)")
 
+    def _mirror(self) -> None:
+        try:
+            Mirror(self.run, self.ledger, self._wandb or "", self._say).work_until(self._stop)
+        except Exception as error:  # noqa: BLE001  a run goes on without its mirror, whatever happens to it
+            _log.exception("the mirror failed")
+            self._say(f"nothing is mirrored to Weights & Biases any more ({error!r}; {self.run.log} says more)")
+
+    def _look_for_milestones(self) -> None:
+        try:
+            self.milestones.look(self._engine.schedule_state)
+        except StorageError as error:  # the next look is at all of it; and who has the ledger's troubles says them
+            _log.warning("%s", error)
+
     # ---- reports
 
     def _collect(self) -> None:
@@ -388,6 +409,7 @@ class Coordinator:
             if self._refusals == refusals:
                 self._unentered = ""
             self._say_who_is_here({peer: members[peer] for peer in present})
+            self._look_for_milestones()
 
     def _read_members(self) -> dict[str, str]:
         """Who is a member, by peer id; while the ledger cannot be read, who was one before."""

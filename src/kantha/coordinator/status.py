@@ -9,16 +9,16 @@ HELDOUT_TOLD = 500  # newest measured checkpoints that it carries
 class VolunteerStatus(BaseModel):
     """One peer that computes, as its own latest report tells."""
 
-    name: str
-    peer_id: str
+    name: str = Field(description="Whose it is.")
+    peer_id: str = Field(description="The hash of its public key, as libp2p writes it.")
     state: str = Field(description="What it is doing, one word or two, for people: training, averaging, …")
-    round: int
+    round: int = Field(description="Rounds that it has finished.")
     samples_in_round: int = Field(description="Its samples towards the running round.")
     samples: int = Field(description="All samples of it that counted in a finished round.")
-    samples_per_second: float
+    samples_per_second: float = Field(description="How fast it computes.")
     loss: float | None = Field(description="Mean training loss of its last round.")
-    device: str
-    seconds_since_seen: float
+    device: str = Field(description="What it computes on, in its own words.")
+    seconds_since_seen: float = Field(description="Since its latest report.")
 
 
 class RoundStatus(BaseModel):
@@ -26,13 +26,13 @@ class RoundStatus(BaseModel):
     the round's result has of it."""
 
     round: int = Field(description="The round's number, starting at 1.")
-    samples: int
+    samples: int = Field(description="Examples whose gradients went into it.")
     loss: float | None = Field(
         description="mlm_loss + sop_loss, the mean over the samples that were reported; None where none were."
     )
     mlm_loss: float | None = Field(description="Loss of guessing the masked tokens, nats per token.")
     sop_loss: float | None = Field(description="Loss of guessing the sentence order, nats per pair.")
-    volunteers: int
+    volunteers: int = Field(description="Peers that took part.")
     finished: float = Field(description="When the first report of it arrived, seconds since 1970.")
     seconds: float | None = Field(None, description="Its length: since the round before finished.")
     learning_rate: float | None = Field(None, description="Of the step that ended it; None where it is not known.")
@@ -71,20 +71,22 @@ class BlanksStatus(BaseModel):
 
 
 class RunStatus(BaseModel):
-    name: str
-    goal: str
+    """The run, now."""
+
+    name: str = Field(description="Of the run, as its organizer gave it.")
+    goal: str = Field(description="What the run is for, in a sentence.")
     goal_samples: int | None = Field(
         None, description="Samples after which the organizer means to anneal; None: nothing is said of that."
     )
-    fingerprint: str
+    fingerprint: str = Field(description="SHA-256 of the canonical spec: by this the run is known.")
     address: str = Field(description="The run's link, which volunteers join by.")
     round: int = Field(description="Finished rounds of the swarm.")
     target_batch_size: int = Field(description="Samples that make the running round.")
     samples_in_round: int = Field(description="Samples of all volunteers towards the running round.")
     samples: int = Field(description="Samples in all finished rounds.")
     samples_per_second: float = Field(description="What the present volunteers compute together.")
-    seconds_to_next_round: float | None
-    failed_rounds: int
+    seconds_to_next_round: float | None = Field(description="At that speed; null: nobody computes.")
+    failed_rounds: int = Field(description="Finished rounds that had to be tried again.")
     computing_share: float | None = Field(
         description="Share of the volunteers' time that they computed; the rest was lost to communication."
     )

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, ClassVar
 
 from hivemind.dht.routing import DHTID
@@ -144,8 +145,13 @@ class _GuardedP2P(P2P):
         task = self._greetings.get(peer)
         if task is None:
             task = self._greetings[peer] = asyncio.create_task(self._exchange(peer))
-            task.add_done_callback(lambda _: self._greetings.pop(peer, None))
+            task.add_done_callback(partial(self._end_greeting, peer))
         await asyncio.shield(task)  # several calls to one peer wait for one greeting
+
+    def _end_greeting(self, peer: PeerID, task: asyncio.Task[None]) -> None:
+        self._greetings.pop(peer, None)
+        if not task.cancelled():
+            task.exception()  # whoever still waits is told; where nobody does, asyncio would log that it was never told
 
     async def _exchange(self, peer: PeerID) -> None:
         answer = await asyncio.wait_for(

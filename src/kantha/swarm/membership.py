@@ -42,7 +42,7 @@ class _Message(BaseModel):
 class PeerRequest(_Message):
     """What a peer asks of the coordinator; the signature proves that it holds the peer's key. Good for once."""
 
-    purpose: Literal["join", "leave", "download"]
+    purpose: Literal["join", "leave", "download"] = Field(description="Says what this request is good for.")
     run: str = Field(pattern="^[0-9a-f]{64}$", description="The run's fingerprint.")
     public_key: str = Field(max_length=2_000, description="The peer's public key, OpenSSH form.")
     issued: int = Field(
@@ -85,9 +85,9 @@ class PeerRequest(_Message):
 class MembershipRequest(PeerRequest):
     """To be let in, or to stay: the lease of a member that asks again is renewed."""
 
-    purpose: Literal["join"] = "join"
+    purpose: Literal["join"] = Field("join", description="Says that this is a request to join.")
     username: OneLine = Field("", max_length=40, description="Of a run without sign-in: the name to be known by.")
-    service: Service = "local"
+    service: Service = Field("local", description="Where the machine is.")
     instance: OneLine = Field("", max_length=60, description="This machine, for its owner to know it by.")
     take_over: bool = Field(False, description="End the member's other instances on this service.")
 
@@ -105,7 +105,7 @@ class MembershipRequest(PeerRequest):
 class DepartureRequest(PeerRequest):
     """To give the lease back."""
 
-    purpose: Literal["leave"] = "leave"
+    purpose: Literal["leave"] = Field("leave", description="Says that this is a request to leave.")
 
 
 class DownloadRequest(PeerRequest):
@@ -118,20 +118,22 @@ class Membership(_Message):
     """The right of one peer to take part in one run."""
 
     serial: str = Field(pattern="^[0-9a-f]{16}$", description="By which it can be revoked.")
-    run: str
-    username: str
-    peer_id: str
-    service: Service
-    roles: tuple[Literal["trainer", "averager"], ...]
-    issued: int
-    expires: int
+    run: str = Field(description="The run's fingerprint.")
+    username: str = Field(description="Whose peer it is.")
+    peer_id: str = Field(description="The hash of the peer's public key, as libp2p writes it.")
+    service: Service = Field(description="Where the machine is.")
+    roles: tuple[Literal["trainer", "averager"], ...] = Field(
+        description="What it does: compute gradients, or only take part in the averaging."
+    )
+    issued: int = Field(description="Seconds since 1970.")
+    expires: int = Field(description="Seconds since 1970.")
 
 
 class Certificate(_Message):
     """A membership and the signature of the run's key over its canonical form, in hex."""
 
-    membership: Membership
-    signature: str = Field(max_length=128)
+    membership: Membership = Field(description="What is certified.")
+    signature: str = Field(max_length=128, description="Ed25519, by the run's key, in hex.")
 
     def verify(self, run_public_key: str, run: str, peer_id: str) -> Membership:
         """The membership, if it is genuine, for this run and peer, and in date. Raises `MembershipError` if not."""

@@ -1,28 +1,28 @@
 """The coordinator's web service: the API, the run's page, and the pages about persons where people sign in."""
 
-import ipaddress
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kantha import __version__
 from kantha.api import Admission, LeaseTaken, RunDescription, TokenSignIn, Waiting
-from kantha.coordinator.limiter import POSTS, TOKENS, Limiter, TooManyRequestsError, address_of
+from kantha.coordinator.limiter import POSTS, TOKENS, Limiter, TooManyRequestsError, address_of, is_local
 from kantha.coordinator.rundir import TOKENIZER_FILE
 from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
 from kantha.errors import LeaseError, MembershipError, SignInError, StorageError, printable
 from kantha.swarm.membership import DepartureRequest, MembershipRequest
-from kantha.web import dashboard, desk, people, polls, signin
+from kantha.web import dashboard, desk, people, polls, signin, world
 from kantha.web import join as ways_to_join
 from kantha.web.site import FORM_TYPES, Site, largest_form
 
-_PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _STATUS: dict[type[Exception], int] = {  # by what goes wrong
     MembershipError: 403,
@@ -31,7 +31,26 @@ _STATUS: dict[type[Exception], int] = {  # by what goes wrong
     TooManyRequestsError: 429,
     StorageError: 503,
 }
-_ANSWERS: dict[int | str, dict[str, Any]] = {202: {"model": Waiting}, 409: {"model": LeaseTaken}}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    201: {"description": "In: the certificate is good for some hours, and is asked for again before it ends."},
+    202: {"model": Waiting, "description": "Not in yet: somebody has to sign in, or a moderator to decide."},
+    403: {"description": "Not let in; the text says why, and what to do."},
+    409: {"model": LeaseTaken, "description": "Another machine has this member's place on this service."},
+    429: {"description": "Too often; Retry-After says when to come again."},
+}
+_ABOUT = """\
+What everybody may ask of this run, and what its volunteers say to the coordinator. What GET answers is
+public, but for checkpoints, which are for members. There is no key to ask for: `kantha join` shows who it is by signing
+what it sends. Times are in seconds since 1970, losses in nats."""
+# Of all that is no page: what it is, it is not a document, and nobody else's to frame or to keep.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
 _LARGEST_BODY = 16 * 1024  # bytes; a membership request has about 2,000
 _MOST_DIGITS = 20  # of a length; Python makes no number of thousands
 
@@ -41,7 +60,7 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
 
     :param any_host: whether it may be looked at under every host name, not only this machine's and the link's
     """
-    app = FastAPI(title="Kantha coordinator", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Kantha coordinator", version=__version__, description=_ABOUT, docs_url=None, redoc_url=None)
     limiter = Limiter()
     only_local = coordinator.sign_in == "local"
     site = Site(app, coordinator, None if only_local else signin.provider_of(coordinator.run.keys))
@@ -55,39 +74,58 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
     for kind, code in _STATUS.items():
         app.add_exception_handler(kind, partial(_tell, code))
     app.add_exception_handler(RequestValidationError, _tell_what_is_malformed)
-    for pages in (dashboard, people, ways_to_join, desk, polls):
+    for pages in (dashboard, people, ways_to_join, desk, polls, world):
         pages.add_pages(site)
 
-    @app.get("/api/v1/run")
+    @app.get("/api/v1/run", summary="What it takes to join")
     def describe() -> RunDescription:
+        """The run's spec, its key, where its swarm is, and the digests of all files that a newcomer needs."""
         return coordinator.describe()
 
-    @app.post("/api/v1/memberships", status_code=201, responses=_ANSWERS)
+    @app.post("/api/v1/memberships", status_code=201, responses=_ANSWERS, summary="Join, or stay")
     def join(wish: MembershipRequest, response: Response) -> Admission | Waiting:
+        """A peer asks for a membership certificate, in a request that its key signed; the same one is never good
+        twice."""
         return _with_status(response, coordinator.admission.admit(wish))
 
-    @app.post("/api/v1/tokens", status_code=201, responses=_ANSWERS)
+    @app.post("/api/v1/tokens", status_code=201, responses=_ANSWERS, summary="Join by a Hugging Face token")
     def sign_in(wish: TokenSignIn, request: Request, response: Response) -> Admission | Waiting:
+        """For machines without a browser near them. The token may only read; it is used once, and kept nowhere."""
         if coordinator.sign_in == "local":
             raise MembershipError("this run knows no sign-in; join without a token, with --name")
         limiter.hit(TOKENS, "token", address_of(request))
         person = signin.whoami(wish.token.get_secret_value())
         return _with_status(response, coordinator.admission.sign_in_with(wish.request, person))
 
-    @app.post("/api/v1/departures", status_code=204)
+    @app.post(
+        "/api/v1/departures", status_code=204, responses={403: _ANSWERS[403], 429: _ANSWERS[429]}, summary="Leave"
+    )
     def leave(wish: DepartureRequest) -> None:
+        """The member's place is free at once, for another of its machines."""
         coordinator.admission.depart(wish)
 
-    @app.get("/api/v1/status")
+    @app.get("/api/v1/status", summary="The run at a glance")
     def status() -> RunStatus:
+        """What the run's page shows. It is made anew once a second at most."""
         return coordinator.status()
 
-    @app.get(f"/api/v1/{TOKENIZER_FILE}")
+    @app.get(f"/api/v1/{TOKENIZER_FILE}", summary="The run's tokenizer")
     def tokenizer() -> FileResponse:
+        """As the library `tokenizers` reads it. Its digest is in the run's spec."""
         return FileResponse(coordinator.run.tokenizer, media_type="application/json")
 
-    @app.get("/api/v1/checkpoints/{round_number}/{name}")
-    def checkpoint(round_number: int, name: str, request: Request) -> FileResponse:
+    @app.get(
+        "/api/v1/checkpoints/{round_number}/{name}",
+        responses={403: _ANSWERS[403], 404: {"description": "There is no such checkpoint; it may have been replaced."}},
+        summary="A file of a checkpoint, for members",
+    )
+    def checkpoint(
+        round_number: Annotated[int, PathParameter(description="Of the checkpoint.")],
+        name: Annotated[str, PathParameter(description="One of the files that `/api/v1/run` names.")],
+        request: Request,
+    ) -> FileResponse:
+        """Takes a signed request in the Authorization header: `Kantha`, and its JSON in base64. Parts of a file can be
+        asked for by Range."""
         coordinator.admission.check_download(request.headers.get("authorization", ""))
         path = coordinator.checkpoint_file(round_number, name)
         if path is None:
@@ -123,7 +161,8 @@ def _tell_what_is_malformed(_request: Request, error: Exception) -> JSONResponse
 
 
 class _Door:
-    """Turns away what nobody should ask, by its headers alone: before any of its body is read.
+    """Turns away what nobody should ask, by its headers alone: before any of its body is read. And whatever is answered
+    says what a browser may do with it, in the words of pages (site.py) or else in the strictest ones.
 
     A page from elsewhere in a browser on this machine must not speak for it. It cannot under its own host name (which
     somebody may have pointed to this machine), nor in JSON (for which browsers ask us first, and get no leave). The
@@ -149,7 +188,15 @@ class _Door:
                 status, reason = refusal
                 # with "close", the server does not wait for the rest of the body either
                 answer = JSONResponse({"detail": reason}, status, headers={"Connection": "close"})
-        await answer(scope, receive, send)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await answer(scope, receive, send_with_headers)
 
     def _refusal(self, request: Request) -> tuple[int, str] | None:
         """HTTP status and reason; None lets the request in."""
@@ -158,7 +205,7 @@ class _Door:
             return 400, "this coordinator is not known by that host name; use the link that `kantha serve` printed"
         if looks:
             return None
-        if self._only_local and not _is_local(request):
+        if self._only_local and not is_local(request):
             return 403, "this coordinator only lets in volunteers on its own machine"
         self._limiter.hit(POSTS, "post", address_of(request))
         types: tuple[str, ...] = ("application/json",)
@@ -181,14 +228,3 @@ def _host_name(request: Request) -> str | None:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname
     except ValueError:
         return None
-
-
-def _is_local(request: Request) -> bool:
-    """Whether the request comes from this machine itself; behind a proxy everything seems to, so that is refused."""
-    if any(header in request.headers for header in _PROXY_HEADERS) or request.client is None:
-        return False
-    try:
-        address = ipaddress.ip_address(request.client.host)
-        return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # mapped: as an IPv6 socket sees IPv4
-    except ValueError:
-        return False

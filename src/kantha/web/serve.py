@@ -1,6 +1,7 @@
 """`kantha serve`: one process that is a run's web service and its place in the swarm."""
 
 import errno
+import importlib.util
 import ipaddress
 import signal
 import socket
@@ -14,7 +15,14 @@ import uvicorn
 from kantha.coordinator.admission import SignIn
 from kantha.coordinator.rundir import RunDirectory
 from kantha.coordinator.service import Coordinator
-from kantha.errors import PortTakenError, ProcessEndedError, StorageError, UnreachableError, printable
+from kantha.errors import (
+    MissingPackageError,
+    PortTakenError,
+    ProcessEndedError,
+    StorageError,
+    UnreachableError,
+    printable,
+)
 from kantha.swarm.node import log_to_file
 from kantha.swarm.processes import start_again
 from kantha.web.app import build_app
@@ -32,6 +40,7 @@ def serve(
     say: Callable[[str], None],
     sign_in: SignIn = "local",
     address: str | None = None,
+    wandb: str | None = None,
 ) -> None:
     """Serve the run at `path` until SIGINT or SIGTERM; `say` is told in a sentence what happens.
 
@@ -40,9 +49,12 @@ def serve(
     :param host: IP address to listen on; 0.0.0.0 and :: are all of this machine's
     :param p2p_port: TCP port of the swarm; by default the one used before, or any free one the first time
     :param address: the run's public link; by default the one at which it listens
+    :param wandb: PROJECT or ENTITY/PROJECT at Weights & Biases to mirror the run's curves to
     """
+    if wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise MissingPackageError("--wandb: its client is not installed; run: pip install 'kantha[wandb]'")
     try:
-        _serve(path, host, port, p2p_port, say, sign_in, address)
+        _serve(path, host, port, p2p_port, say, sign_in, address, wandb)
     except ProcessEndedError as error:
         start_again(error, say)
 
@@ -55,6 +67,7 @@ def _serve(
     say: Callable[[str], None],
     sign_in: SignIn,
     address: str | None,
+    wandb: str | None,
 ) -> None:
     try:
         ip = ipaddress.ip_address(host)
@@ -82,7 +95,7 @@ def _serve(
             p2p_port = probe.getsockname()[1]
         run.set_p2p_port(p2p_port)
         address = address or _link(host, listener.getsockname()[1])
-        coordinator = Coordinator(run, host, p2p_port, address, say, sign_in)
+        coordinator = Coordinator(run, host, p2p_port, address, say, sign_in, wandb)
         server = uvicorn.Server(
             uvicorn.Config(
                 build_app(coordinator, any_host=ip.is_unspecified),
