@@ -139,6 +139,7 @@ def _loss(source: ColumnDataSource, heldout: ColumnDataSource, rounds: Range1d) 
     ]
     outcome = _("Round @round_text @outcome") + "<br>"
     facts = "<br>" + _("@volunteers_text volunteers, @samples_text samples") + "<br>@finished_text"
+    measured = _("Held-out text, round @round_text")
     for name, column, color, tooltip in curves:
         look = {"source": source, "color": color, "visible": name == "total"}
         raw = plot.line("round", column, name=f"{name} raw", width=1, alpha=_FAINT, **look)
@@ -166,11 +167,12 @@ def _loss(source: ColumnDataSource, heldout: ColumnDataSource, rounds: Range1d) 
         "mlm_loss": _("@mlm_accuracy_text guessed right"),
         "sop_loss": _("@sop_accuracy_text guessed right"),
     }
+    measured = _("Held-out text, round @round_text")
     for name, column, color, tooltip in curves:
         look = {"name": f"{name} heldout", "visible": name == "total", "line_color": color}
         plot.line("round", column, source=heldout, line_width=1, line_alpha=0.7, **look)
         rings = plot.scatter("round", column, source=heldout, size=9, line_width=2.5, fill_color=_PATCH, **look)
-        text = f"<strong>{_('Held-out text, round @round_text')}</strong><br>{tooltip}"
+        text = f"<strong>{measured}</strong><br>{tooltip}"
         if column in guessed:
             text += f"<br>{guessed[column]}"
         plot.add_tools(HoverTool(renderers=[rings], mode="mouse", attachment="below", tooltips=text))
