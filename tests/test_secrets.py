@@ -210,9 +210,11 @@ def test_no_secret_is_told(
     for path in (path for home in homes for path in home.rglob("peer.key")):
         encoded = path.read_bytes()
         secrets.setdefault("peer.key", []).extend(forms(encoded[300:420]))  # of the private half
-    session = (run_path / "keys" / "session.key").read_bytes().strip()
-    secrets["session.key"] = [session, bytes.fromhex(session.decode())]
-    holders = {"client secret": "oauth.json"} | {name: name for name in ("run.pem", "peer.key", "session.key")}
+    for name in ("session.key", "accounts.key"):
+        digits = (run_path / "keys" / name).read_bytes().strip()
+        secrets[name] = [digits, bytes.fromhex(digits.decode())]
+    keys = ("run.pem", "peer.key", "session.key", "accounts.key")
+    holders = {"client secret": "oauth.json"} | {name: name for name in keys}
     held = set()
 
     places = {path.name: path.read_bytes() for path in tmp_path.glob("*.log")}

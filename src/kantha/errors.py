@@ -26,7 +26,8 @@ keeps the two in step.
     ├── OrderError              29  an order of the organizer that cannot be given, or is not genuine
     ├── DemoError               30  the demo ran, but a part of it failed
     ├── LeaseError              31  this member's place on this service is taken by another instance
-    └── SignInError             32  nobody signed in for this machine, or not in a way that can be used
+    ├── SignInError             32  nobody signed in for this machine, or not in a way that can be used
+    └── VerificationError       33  a certificate of contribution that does not hold
 """
 
 
@@ -134,3 +135,7 @@ class LeaseError(KanthaError):
 
 class SignInError(KanthaError):
     exit_code = 32
+
+
+class VerificationError(KanthaError):
+    exit_code = 33

@@ -151,3 +151,17 @@ def test_the_key_is_changed(kantha: Kantha, run_path: Path, run: RunDirectory) -
     assert run.key().public_key != before
     assert run.key().public_key in out
     assert "PRIVATE" not in out
+
+
+def test_somebody_who_asks_for_it_is_forgotten(kantha: Kantha, run_path: Path, allowlist: Allowlist) -> None:
+    allowlist.decide(["asha"], "ban", "mod", "spam")
+    code, out, _ = kantha("members", run_path, "forget", "Asha", "--yes")
+    assert code == 0
+    assert "forgotten" in out
+    assert allowlist.account("asha") is None
+    code, out, _ = kantha("members", run_path, "list")
+    assert "asha" not in out
+    assert last(out).startswith("1 person shown")
+    again = Allowlist(allowlist._database, accounts_key=RunDirectory.open(run_path).accounts_key())
+    assert again.sign_in(Person("asha", "asha", "huggingface", ())).state is State.BANNED
+    assert kantha("members", run_path, "forget", "nobody", "--yes")[0] == 24

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
+from giving import give
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from kantha.cli.publish import export_run, training_facts
 from kantha.coordinator import ledger as ledger_module
-from kantha.coordinator.allowlist import Allowlist, Person
-from kantha.coordinator.database import Database
+from kantha.coordinator.allowlist import Allowlist, Person, Shown
+from kantha.coordinator.database import open_database
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.polls import Polls
 from kantha.coordinator.rundir import RunDirectory
@@ -94,6 +95,37 @@ def cells_of(text: str) -> list[list[str]]:
         elif token.type == "inline" and rows and token.level > 2:
             rows[-1].append("".join(child.content for child in token.children or ()))
     return rows
+
+
+def test_who_does_not_want_to_be_named_is_counted_in_one_line(tiny_spec: RunSpec) -> None:
+    three = facts(["Asha", "x", "y"])
+    [asha, *others] = three.contributors
+    hidden = [replace(each, name=None) for each in others]
+    _, text = parts_of(card_of(tiny_spec, replace(three, contributors=[asha, *hidden])))
+    assert ["Asha", "100", "1.0 hours"] in cells_of(text)
+    assert "And 2 more who did not want to be named, with 197 examples in 2.0 hours." in text
+    assert ["volunteers", "3"] in cells_of(text)
+    _, text = parts_of(card_of(tiny_spec, replace(three, contributors=hidden)))
+    assert "And 2 more who did not want" in text
+
+
+def test_the_card_names_people_as_they_choose(run_path: Path) -> None:
+    run = RunDirectory.open(run_path)
+    ledger = Ledger(open_database(run))
+    allowlist = Allowlist(ledger.database)
+    for name, samples in [("asha", 30), ("rafiq", 20), ("mitu", 10), ("kobi", 5)]:
+        give(ledger, allowlist, name, (0, samples))
+    allowlist.show_as("rafiq", Shown.NICKNAME, "Rooster")
+    allowlist.show_as("mitu", Shown.HIDDEN)
+    allowlist.forget("kobi")
+    ledger.close()
+    known = training_facts(run, 1)
+    assert [(each.name, each.samples) for each in known.contributors] == [
+        ("asha", 30),
+        ("Rooster", 20),
+        (None, 10),
+        (None, 5),
+    ]
 
 
 def test_the_card_names_run_data_recipe_scores_and_contributors(tiny_spec: RunSpec) -> None:
@@ -333,7 +365,8 @@ def test_a_name_that_the_community_chose_stays_text(tiny_spec: RunSpec, text: st
 
 
 def test_the_card_says_which_name_was_chosen_when_the_poll_has_closed(run_path: Path) -> None:
-    database = Database(run_path / "ledger.sqlite")
+    run = RunDirectory.open(run_path)
+    database = open_database(run)
     allowlist = Allowlist(database)
     polls, now = Polls(database, allowlist, "local"), time.time()
     polls.make("name", "Its name", "", now - 60, now + 3600, "mod")
@@ -344,10 +377,10 @@ def test_the_card_says_which_name_was_chosen_when_the_poll_has_closed(run_path: 
     kantha = polls.propose("name", "কাঁথা", people[0])
     polls.vote("name", kantha, people[1])
     polls.propose("name", "Shobdo", people[1])
-    assert training_facts(run_path / "ledger.sqlite", 0).name_poll is None, "it is open still"
+    assert training_facts(run, 0).name_poll is None, "it is open still"
     polls.close("name", "mod")
     database.close()
-    known = training_facts(run_path / "ledger.sqlite", 0)
+    known = training_facts(run, 0)
     assert known.name_poll == NamePoll([("কাঁথা", 2), ("Shobdo", 1)], 2)
     spec = RunDirectory.open(run_path).spec
     card = card_of(spec, known)

@@ -26,6 +26,7 @@ from kantha.coordinator.admission import PAIRING_SECONDS, Admission, SignIn
 from kantha.coordinator.allowlist import Allowlist, State
 from kantha.coordinator.bulletin import Bulletin
 from kantha.coordinator.database import Database
+from kantha.coordinator.leaderboard import Leaderboard
 from kantha.coordinator.ledger import Ledger
 from kantha.coordinator.polls import Polls
 from kantha.coordinator.rundir import RunDirectory
@@ -56,6 +57,7 @@ class Served:
         database = Database(ledger)
         self.ledger = Ledger(database)
         self.allowlist = Allowlist(database)
+        self.leaderboard = Leaderboard(Ledger(database), self.allowlist, self.run.spec)
         self.admission = Admission(
             database,
             self.run.spec,
@@ -627,6 +629,34 @@ def test_a_machine_is_confirmed_by_its_owner_who_thereby_asks(browse: Any, serve
     page = text_of(asha.get("/me"))
     assert "✅ You are in" in page
     assert "notebook 7, for 0 s" in page
+
+
+def test_who_leaves_for_good_is_out_with_all_machines(browse: Any, served: Served, knock: Any) -> None:
+    code = knock().code
+    asha = browse("asha")
+    asha.post("/pair", code=code, answer="yes")
+    served.allowlist.decide(["asha"], "approve", "mitu")
+    certificate = knock().certificate
+    left = asha.post("/me/forget", sure="yes")
+    assert left.status_code == 200
+    assert asha.get("/me").status_code == 303
+    trust = served.admission.trust()
+    assert trust.is_revoked(certificate.membership.serial)
+    waiting = knock()  # the machine is nobody's now
+    assert (waiting.state, waiting.code == code) == ("sign_in", False)
+    asha.sign_in("asha")
+    assert "You have not asked to join yet" in asha.get("/me").text
+
+
+@pytest.mark.parametrize("state", ["new", "banned"])
+def test_teams_are_for_members(browse: Any, served: Served, state: str) -> None:
+    asha = browse("asha")
+    if state == "banned":
+        served.allowlist.decide(["asha"], "ban", "mitu", "spam")
+    assert asha.post("/me/team", action="found", name="Spammers").status_code == 403
+    shown = asha.post("/me/shown", shown="nickname", nickname="Rude")
+    assert shown.status_code == (403 if state == "banned" else 303)
+    assert served.allowlist.teams() == []
 
 
 def test_a_code_may_be_typed_in_any_way(browse: Any, knock: Any) -> None:

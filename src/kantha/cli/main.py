@@ -304,6 +304,24 @@ def rotate_key(run_dir: Annotated[Path, typer.Argument(help="The run's folder, m
     _say(f"certificates by the old key end at {datetime.fromtimestamp(change.old_until).astimezone():%H:%M}: serve it")
 
 
+@app.command("verify-certificate")
+def verify_certificate(
+    file: Annotated[Path, typer.Argument(help="A certificate of contribution, SVG or JSON.")],
+    link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL#KEY",
+            help="The run's link, as its page shows it, to prove that the key is that run's. The run is asked only "
+            "where its key has changed since.",
+        ),
+    ] = None,
+) -> None:
+    """Check a certificate of contribution, and say what it proves."""
+    from kantha.cli.verify import verify_certificate as verify
+
+    verify(file, link, _say)
+
+
 app.add_typer(members, name="members")
 corpus = typer.Typer(help="Look at a run's text.", no_args_is_help=True)
 app.add_typer(corpus, name="corpus")

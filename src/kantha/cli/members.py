@@ -99,6 +99,30 @@ def ban(context: typer.Context, reason: Reason, names: Names = None, list_: From
 
 
 @app.command()
+def forget(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Username.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Drop all that is known of somebody who asks for it: account, names, team, machines. Their samples stay, under
+    nobody's name. People can do it themselves on their own page; nothing brings it back."""
+    from kantha.coordinator.allowlist import Allowlist
+    from kantha.coordinator.database import open_database
+    from kantha.coordinator.polls import Polls
+
+    run = _run(context)
+    database = open_database(run)
+    allowlist = Allowlist(database, accounts_key=run.accounts_key())
+    profile = allowlist.profile(name)
+    if not yes and not typer.confirm(f"Forget {profile.username} for good?"):
+        raise typer.Exit(1)
+    # what is forgotten of votes does not depend on who may vote, so not on how people sign in either
+    Polls(database, allowlist, "local").forget(profile.number)
+    allowlist.forget(profile.username)
+    _say(f"forgotten; the samples stay under the number {profile.number}, and nobody's name")
+
+
+@app.command()
 def moderator(
     context: typer.Context, name: Annotated[str, typer.Argument(help="Username.")], remove: Remove = False
 ) -> None:
@@ -188,7 +212,7 @@ def _allowlist(run: "RunDirectory") -> "Allowlist":
     from kantha.coordinator.allowlist import Allowlist
     from kantha.coordinator.database import open_database
 
-    return Allowlist(open_database(run))
+    return Allowlist(open_database(run), accounts_key=run.accounts_key())
 
 
 def _when(seconds: float) -> str:

@@ -49,6 +49,7 @@ def _run_with_records(source: Path) -> RunDirectory | None:
 def training_facts(run: RunDirectory, last_round: int) -> TrainingFacts:
     """What a run's ledger knows of the rounds that made the model of `last_round`. Raises as `open_database`."""
     ledger = Ledger(open_database(run))
+    names = Allowlist(ledger.database).shown()
     try:
         rounds = [entry for entry in ledger.rounds() if entry.round <= last_round]
         heldout = [entry for entry in ledger.heldout() if entry.round <= last_round]
@@ -83,7 +84,14 @@ def training_facts(run: RunDirectory, last_round: int) -> TrainingFacts:
         ended=rounds[-1].finished if rounds else None,
         computing_share=computing / present if present else None,
         seconds_by_device=devices,
-        contributors=[Contributor(person.username, person.samples, person.seconds) for person in people],
+        contributors=[
+            Contributor(
+                (person.username or None) if person.person is None else names.get(person.person),
+                person.samples,
+                person.seconds,
+            )
+            for person in people
+        ],
         name_poll=name_poll,
     )
 

@@ -17,12 +17,15 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from kantha import api
 from kantha.coordinator.allowlist import Allowlist, Person, Standing, State, note_decision
 from kantha.coordinator.bulletin import Bulletin
+from kantha.coordinator.certificate import Certificate as ContributionCertificate
+from kantha.coordinator.certificate import Contribution
 from kantha.coordinator.database import Database, Table, insert
 from kantha.coordinator.leases import (
     LEASE_SECONDS,
     Granted,
     Instance,
     Lease,
+    Machine,
     end_leases,
     enter_stay,
     instances,
@@ -67,15 +70,6 @@ class _Nonce(Table):
     peer_id: Mapped[str] = mapped_column(String(80), primary_key=True)
     nonce: Mapped[str] = mapped_column(String(32), primary_key=True)
     issued: Mapped[int] = mapped_column(index=True)
-
-
-class _Machine(Table):
-    """Whose a peer's key is, by that person's own word in the browser, or by a token."""
-
-    __tablename__ = "machines"
-    peer_id: Mapped[str] = mapped_column(String(80), primary_key=True)
-    person: Mapped[int] = mapped_column(index=True)
-    paired: Mapped[float]
 
 
 class _Pairing(Table):
@@ -194,7 +188,7 @@ class Admission:
         self._limiter.hit(REQUESTS, request.purpose, peer_id)
         if self._sign_in != "local":
             with self._database.reading() as session:
-                is_known = session.get(_Machine, peer_id) is not None
+                is_known = session.get(Machine, peer_id) is not None
             if not is_known:
                 self._limiter.hit(STRANGERS, "stranger", request.purpose)
         # in a transaction of its own: whatever comes of the request, it was used
@@ -214,7 +208,7 @@ class Admission:
             if not request.username:
                 raise MembershipError("a run without sign-in asks for your name; give one with --name")
             return self._allowlist.identify(session, Person(request.username, "", "local", ()))
-        machine = session.get(_Machine, peer_id)
+        machine = session.get(Machine, peer_id)
         return (machine.person, self._allowlist.person(session, machine.person)) if machine is not None else None
 
     def _pair(self, session: Session, request: MembershipRequest, peer_id: str) -> api.Waiting:
@@ -269,7 +263,7 @@ class Admission:
 
     def _belongs(self, session: Session, peer_id: str, person: int) -> None:
         values = {"person": person, "paired": self._now()}
-        statement = insert(session, _Machine).values(peer_id=peer_id, **values)
+        statement = insert(session, Machine).values(peer_id=peer_id, **values)
         session.execute(statement.on_conflict_do_update(index_elements=["peer_id"], set_=values))
         # what it was given as another person's machine
         end_leases(session, Lease.peer_id == peer_id, Lease.person != person)
@@ -372,6 +366,10 @@ class Admission:
     def public_key(self) -> str:
         """The run's newest, in hex."""
         return self._key.public_key
+
+    def attest(self, contribution: Contribution) -> ContributionCertificate:
+        """Sign what somebody gave to the run, by its newest key."""
+        return contribution.signed(self._key, self._now())
 
     def trust(self) -> Trust:
         """What the coordinator's own peer believes: all keys that the run has had, and the newest notice."""

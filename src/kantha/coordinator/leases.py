@@ -16,6 +16,15 @@ from kantha.coordinator.database import Table
 LEASE_SECONDS = 180.0  # without a renewal; then the place is free
 
 
+class Machine(Table):
+    """Whose a peer's key is, by that person's own word in the browser, or by a token."""
+
+    __tablename__ = "machines"
+    peer_id: Mapped[str] = mapped_column(String(80), primary_key=True)
+    person: Mapped[int] = mapped_column(index=True)
+    paired: Mapped[float]
+
+
 class Lease(Table):
     """The place of one peer."""
 

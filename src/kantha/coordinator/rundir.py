@@ -8,6 +8,7 @@ keys/             (owner only)
   changes.json    which key followed which, each change signed by the key before
   peer.key        the coordinator's libp2p identity
   session.key     signs the sessions of browsers; made when it is first served with sign-in
+  accounts.key    hides which accounts were kept out when their owners left for good; made when it is first served
   oauth.json      the organizer's: under which client Hugging Face knows this run
   notify.txt      the organizer's: which chats are told of those who ask to join
 order.json        the organizer's last order, signed by the run's key: to anneal
@@ -20,6 +21,8 @@ log/              what hivemind says, and what the evaluator's process does
 
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -49,6 +52,7 @@ _NEXT_KEY = "run-next.pem"  # drawn, and not in its place yet
 _MOST_CHANGES = 100  # of the key: a notice has all of them
 _CHANGES = TypeAdapter(list[KeyChange])
 _BEGINNING = ScheduleState()
+_SECRET_BYTES = 32
 _LOCK_SECONDS = 5.0  # the children of a coordinator that was killed hold the lock until they have died, too
 
 
@@ -247,6 +251,11 @@ class RunDirectory:
                 raise
             raise RunDirectoryError(f"{self.keys / name}: cannot be used ({error}); restore it from a copy") from None
 
+    def accounts_key(self) -> bytes:
+        """Of the hashes of accounts, for `Allowlist`. Raises `RunDirectoryError`."""
+        path = self.keys / "accounts.key"
+        return bytes.fromhex(kept_secret(path, "who was kept out and left for good could come back"))
+
     @property
     def p2p_port(self) -> int | None:
         return self._file.p2p_port
@@ -329,3 +338,26 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.path / name)
+
+
+def kept_secret(path: Path, loses: str) -> str:
+    """A secret in a file that only its owner can read, as hexadecimal digits; made when it is first needed.
+
+    :param loses: what happens when it is made anew
+    :raises RunDirectoryError: where it cannot be used
+    """
+    try:
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            partial.unlink(missing_ok=True)
+            partial.touch(mode=0o600, exist_ok=False)
+            partial.write_text(secrets.token_hex(_SECRET_BYTES), encoding="ascii")
+            partial.rename(path)
+        is_open = path.stat().st_mode & 0o077
+        secret = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunDirectoryError(f"{path}: cannot be used ({type(error).__name__}); make the folder writable") from None
+    if is_open or not re.fullmatch(f"[0-9a-f]{{{2 * _SECRET_BYTES}}}", secret):
+        problem = "other users of this machine can read it" if is_open else "damaged"
+        raise RunDirectoryError(f"{path}: {problem}; delete it, it is made anew and {loses}")
+    return secret

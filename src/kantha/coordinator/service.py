@@ -21,6 +21,7 @@ from kantha.coordinator.allowlist import Allowlist
 from kantha.coordinator.bulletin import Bulletin
 from kantha.coordinator.database import open_database
 from kantha.coordinator.evaluator import Evaluator
+from kantha.coordinator.leaderboard import Leaderboard
 from kantha.coordinator.ledger import Ledger, RunTotals
 from kantha.coordinator.milestones import Milestones
 from kantha.coordinator.mirror import Mirror
@@ -78,6 +79,8 @@ class _Known:
     rounds: Sequence[RoundStatus] = ()
     heldout: Sequence[HeldoutStatus] = ()
     samples: Mapping[str, int] = field(default_factory=dict)  # of who is here, by peer id
+    owners: Mapping[str, int | None] = field(default_factory=dict)  # their numbers, by peer id
+    shown: Mapping[int, str] = field(default_factory=dict)  # names of those who want to be shown, by number
 
 
 class Coordinator:
@@ -157,8 +160,9 @@ class Coordinator:
         """All that is known of people and what they did, in one file."""
         database = open_database(self.run)
         self.ledger = Ledger(database)
-        self.allowlist = Allowlist(database, self._notifier.tell)
+        self.allowlist = Allowlist(database, self._notifier.tell, accounts_key=self.run.accounts_key())
         key, changes = self.run.key(), self.run.key_changes()
+        self.leaderboard = Leaderboard(self.ledger, self.allowlist, self.run.spec)
         self.admission = Admission(database, self.run.spec, key, self.sign_in, self.allowlist, changes=changes)
         self.bulletin = Bulletin(database)
         self.polls = Polls(database, self.allowlist, self.sign_in)
@@ -501,6 +505,8 @@ class Coordinator:
                 rounds=self.ledger.last_rounds(ROUNDS_TOLD),
                 heldout=self.ledger.heldout(HELDOUT_TOLD),
                 samples=self.ledger.samples_by_peer(peers),
+                owners=self.ledger.people_of_peers(),
+                shown=self.allowlist.shown(),
             )
         except StorageError as error:
             _log.warning("%s", error)
@@ -510,7 +516,7 @@ class Coordinator:
     def _make_status(self) -> RunStatus:
         spec, present = self.run.spec, self._present()
         known, problem = self._read_ledger(list(present))
-        names, totals = self._members, known.totals
+        totals = known.totals
         number = self._engine.round
         in_round = sum(report.samples for report, _ in present.values() if report.round >= number)
         speed = sum(report.samples_per_second for report, _ in present.values())
@@ -535,15 +541,23 @@ class Coordinator:
             annealed=self._engine.schedule_state.annealed,
             volunteers=sorted(
                 (
-                    _volunteer(peer_id, names.get(peer_id, "?"), known.samples.get(peer_id, 0), report, silent)
+                    _volunteer(peer_id, *self._shown(peer_id), known.samples.get(peer_id, 0), report, silent)
                     for peer_id, (report, silent) in present.items()
                 ),
-                key=lambda volunteer: (volunteer.name, volunteer.peer_id),
+                key=lambda volunteer: (volunteer.name or "", volunteer.peer_id),
             ),
             heldout=list(known.heldout),
             rounds=list(known.rounds),
             problem=problem,
         )
+
+    def _shown(self, peer_id: str) -> tuple[str | None, int | None]:
+        """Name and number of a peer's owner, for everybody; None where that person is not shown."""
+        number = self._known.owners.get(peer_id)
+        if number is None:  # who was a member before people had numbers is in the ledger by name alone
+            return self._members.get(peer_id) or None, None
+        name = self._known.shown.get(number)
+        return name, number if name is not None else None
 
 
 def _describe_itself(report: Report) -> Report:
@@ -559,12 +573,15 @@ def _with_rounds_of(report: Report, before: Report | None) -> Report:
     return report.copy(update={"rounds": list(rounds.values()), "failed": list(failed.values())})
 
 
-def _volunteer(peer_id: str, name: str, samples: int, report: Report, silent: float) -> VolunteerStatus:
+def _volunteer(
+    peer_id: str, name: str | None, number: int | None, samples: int, report: Report, silent: float
+) -> VolunteerStatus:
     loss = None
     if report.rounds and (done := report.rounds[-1]).samples:
         loss = (done.mlm_loss_sum + done.sop_loss_sum) / done.samples
     return VolunteerStatus(
         name=name,
+        number=number,
         peer_id=peer_id,
         state=report.state,
         round=report.round,

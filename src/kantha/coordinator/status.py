@@ -9,7 +9,8 @@ HELDOUT_TOLD = 500  # newest measured checkpoints that it carries
 class VolunteerStatus(BaseModel):
     """One peer that computes, as its own latest report tells."""
 
-    name: str = Field(description="Whose it is.")
+    name: str | None = Field(description="The name that its owner is shown by; null: not shown.")
+    number: int | None = Field(None, description="Of its owner, as in /volunteers/NUMBER; null: not shown.")
     peer_id: str = Field(description="The hash of its public key, as libp2p writes it.")
     state: str = Field(description="What it is doing, one word or two, for people: training, averaging, …")
     round: int = Field(description="Rounds that it has finished.")

@@ -29,9 +29,9 @@ _OPTIMIZERS = {"lamb": "LAMB (You et al. 2020)", "adamw": "AdamW (Loshchilov and
 
 @dataclass(frozen=True)
 class Contributor:
-    """One person, under the name chosen on joining."""
+    """One person, under the name that this person chose to be shown by."""
 
-    name: str
+    name: str | None  # None: hidden, or gone for good
     samples: int
     seconds: float  # spent computing
 
@@ -385,10 +385,20 @@ def _contributors(contributors: Sequence[Contributor]) -> Iterator[str]:
     if contributors:
         yield "## Who made it"
         yield "By the names that they chose, most examples first. Thank you!"
-        yield _table(
-            ("volunteer", "examples", "time computing"),
-            ((_code(person.name), f"{person.samples:,}", _hours_of(person.seconds)) for person in contributors),
-        )
+        rows = [
+            (_code(person.name), f"{person.samples:,}", _hours_of(person.seconds))
+            for person in contributors
+            if person.name is not None
+        ]
+        if rows:
+            yield _table(("volunteer", "examples", "time computing"), rows)
+        if hidden := [person for person in contributors if person.name is None]:
+            samples = sum(person.samples for person in hidden)
+            hours = _hours_of(sum(person.seconds for person in hidden))
+            yield (
+                f"And {len(hidden):,} more who did not want to be named, with {samples:,} "
+                f"{_plural(samples, 'example')} in {hours}."
+            )
 
 
 # ---- small things

@@ -19,7 +19,7 @@ from kantha.coordinator.service import Coordinator
 from kantha.coordinator.status import RunStatus
 from kantha.errors import LeaseError, MembershipError, SignInError, StorageError, printable
 from kantha.swarm.membership import DepartureRequest, MembershipRequest
-from kantha.web import dashboard, desk, people, polls, signin, world
+from kantha.web import dashboard, desk, oneself, people, polls, signin, volunteers, world
 from kantha.web import join as ways_to_join
 from kantha.web.site import FORM_TYPES, Site, largest_form
 
@@ -74,7 +74,7 @@ def build_app(coordinator: Coordinator, any_host: bool = False) -> FastAPI:
     for kind, code in _STATUS.items():
         app.add_exception_handler(kind, partial(_tell, code))
     app.add_exception_handler(RequestValidationError, _tell_what_is_malformed)
-    for pages in (dashboard, people, ways_to_join, desk, polls, world):
+    for pages in (dashboard, people, oneself, ways_to_join, desk, volunteers, polls, world):
         pages.add_pages(site)
 
     @app.get("/api/v1/run", summary="What it takes to join")

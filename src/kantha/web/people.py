@@ -12,6 +12,7 @@ from limits import RateLimitItemPerMinute
 from kantha.coordinator.allowlist import Person, State
 from kantha.coordinator.limiter import SIGN_INS, Limiter, address_of
 from kantha.web import speech
+from kantha.web.oneself import of_oneself
 from kantha.web.site import Refusal, SentForm, Signed, Site, Visitor, visitor_of
 from kantha.web.speech import gettext as _
 from kantha.web.speech import noop
@@ -171,6 +172,7 @@ class _Pages:
             ],
             now=time.time(),
             link=site.link,
+            **of_oneself(site, visitor),
         )
 
     def ask(self, request: Request, visitor: Signed, form: SentForm) -> Response:

@@ -7,7 +7,6 @@ may only read. Tokens are used once to ask who it is, and forgotten. `Provider` 
 import hmac
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +19,13 @@ from joserfc.errors import JoseError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kantha.coordinator.allowlist import Person
+from kantha.coordinator.rundir import kept_secret
 from kantha.errors import RunDirectoryError, SignInError
 from kantha.hub_tokens import TokenAuth
 
 CLIENT_ID, CLIENT_SECRET = "KANTHA_OAUTH_CLIENT_ID", "KANTHA_OAUTH_CLIENT_SECRET"
 CLIENT_FILE = "oauth.json"
 _KEY_FILE = "session.key"
-_KEY_BYTES = 32
 _SCOPE = "openid profile"  # who it is, and nothing more
 _TIMEOUT = 10.0  # seconds
 _LARGEST_ANSWER = 1024 * 1024  # bytes; of somebody who is in hundreds of organisations
@@ -234,19 +233,4 @@ def session_key(keys: Path) -> str:
     :param keys: the run's folder of secrets
     :raises RunDirectoryError: where it cannot be used
     """
-    path = keys / _KEY_FILE
-    try:
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            partial.unlink(missing_ok=True)
-            partial.touch(mode=0o600, exist_ok=False)
-            partial.write_text(secrets.token_hex(_KEY_BYTES), encoding="ascii")
-            partial.rename(path)
-        is_open = path.stat().st_mode & 0o077
-        key = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunDirectoryError(f"{path}: cannot be used ({type(error).__name__}); make the folder writable") from None
-    if is_open or len(key) < 2 * _KEY_BYTES:
-        problem = "other users of this machine can read it" if is_open else "damaged"
-        raise RunDirectoryError(f"{path}: {problem}; delete it, it is made anew and everybody signs in again")
-    return key
+    return kept_secret(keys / _KEY_FILE, "everybody signs in again")

@@ -45,6 +45,8 @@ FORMS = {  # bytes
     "/sign-out": 4 * 1024,
     "/pair": 4 * 1024,
     "/me": 4 * 1024,
+    "/me/": 4 * 1024,
+    "/volunteers": 4 * 1024,
     "/desk": 768 * 1024,
     "/desk/": 16 * 1024,
     "/name": 8 * 1024,
@@ -55,7 +57,7 @@ NO_KEEPING = {"Cache-Control": "no-store"}
 _SESSION_SECONDS = 14 * 24 * 3600
 _MOST_FIELDS = 400
 _PATIENCE = 10.0  # seconds until another request makes what one began to make
-_SHOWN_QUERY = ("code", "q", "state", "page", "by", "window")
+_SHOWN_QUERY = ("code", "q", "state", "page", "by", "window", "of", "team")
 _ADDRESS = re.compile(r"https://[^\s<>\"'`|\\^{}]+")
 _HERE = Path(__file__).parent
 
@@ -450,6 +452,7 @@ def _linked(text: str) -> Markup:
 def _make_templates() -> Jinja2Templates:
     templates = Jinja2Templates(_HERE / "templates")
     env: Any = templates.env
+    env.autoescape = True  # else only of the files that it takes for HTML
     env.add_extension("jinja2.ext.i18n")
     env.install_gettext_callables(speech.gettext, speech.plural, newstyle=True)
     env.filters.update(
@@ -459,6 +462,7 @@ def _make_templates() -> Jinja2Templates:
         ago=speech.ago,
         moment=speech.moment,
         day=speech.day,
+        month=speech.month,
         digits=speech.digits,
         marked=_marked,
         linked=_linked,
@@ -491,6 +495,7 @@ def load_assets() -> tuple[dict[str, str], dict[str, Asset]]:
         ("charts", "charts.js", "text/javascript"),
         ("clipboard", "clipboard.js", "text/javascript"),
         ("live", "live.js", "text/javascript"),
+        ("certificate", "certificate.js", "text/javascript"),
         ("style", "page.css", "text/css"),
         ("icon", "page.svg", "image/svg+xml"),
     ]:

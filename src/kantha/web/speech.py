@@ -128,6 +128,10 @@ def day(date: datetime.date) -> str:
     return digits(dates.format_date(date, "d MMM y", locale=_locale()))
 
 
+def month(date: datetime.date) -> str:
+    return digits(dates.format_date(date, "LLLL y", locale=_locale()))
+
+
 def digits(text: str) -> str:
     """A text whose digits are those of the page's language: numbers without groups, such as years and codes."""
     return text.translate(_BENGALI) if language() == "bn" else text
