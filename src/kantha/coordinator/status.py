@@ -60,7 +60,7 @@ class HeldoutStatus(BaseModel):
 class Guess(BaseModel):
     """One word that the model would put into a blank."""
 
-    word: str
+    word: str = Field(description="As it stands in the model's vocabulary.")
     probability: float = Field(description="How likely the model thinks that word, 0 to 1.")
 
 

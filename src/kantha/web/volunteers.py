@@ -4,7 +4,7 @@ import math
 from bisect import bisect_right
 from datetime import UTC, date, datetime, timedelta
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
 from fastapi import Query, Request, Response
@@ -35,12 +35,16 @@ _ORDERS = {By.SAMPLES: noop("Samples"), By.HOURS: noop("Hours"), By.STREAK: noop
 _WIDTH, _HEIGHT = 1200, 848  # of a certificate, in the shape of A4 paper
 
 
+_WindowName = Literal["today", "week", "month", "all"]
+_OrderName = Literal["samples", "hours", "streak"]
+
+
 class PlaceInfo(BaseModel):
     """One line of the board."""
 
     rank: int = Field(description="From 1; who is level shares it.")
     number: int = Field(description="Of the person, as in /volunteers/NUMBER, or of the team.")
-    name: str
+    name: str = Field(description="That it is shown by.")
     samples: int = Field(description="Samples in finished rounds.")
     seconds: float = Field(description="Spent computing, on all machines together.")
     streak: int = Field(description="Days in a row (UTC) with samples, up to today or yesterday; of a team, its best.")
@@ -48,21 +52,23 @@ class PlaceInfo(BaseModel):
 
 
 class SumsInfo(BaseModel):
-    people: int
-    samples: int
-    seconds: float
+    """What some people gave together."""
+
+    people: int = Field(description="How many they are.")
+    samples: int = Field(description="Samples in finished rounds.")
+    seconds: float = Field(description="Spent computing, on all machines together.")
 
 
 class BoardInfo(BaseModel):
     """Who gave how much; the total is of everybody, also of those who are not shown."""
 
-    window: Window
-    by: By
+    window: _WindowName = Field(description="Over which days (UTC).")
+    by: _OrderName = Field(description="In which order.")
     places: list[PlaceInfo] = Field(description="Best first.")
     hidden: SumsInfo = Field(
         description="People who do not want to be shown, or left for good; of teams: who is in none."
     )
-    total: SumsInfo
+    total: SumsInfo = Field(description="Everybody, whether shown or not.")
 
 
 def add_pages(site: Site) -> None:
@@ -171,13 +177,14 @@ class _Pages:
     def board_as_json(
         self,
         of: Annotated[str, Query(pattern="^(people|teams)$", description="people, or teams.")] = "people",
-        window: Window = Window.ALL,
-        by: By = By.SAMPLES,
-        page: Annotated[int, Query(ge=1, le=10_000)] = 1,
+        window: Annotated[_WindowName, Query(description="Over which days (UTC).")] = "all",
+        by: Annotated[_OrderName, Query(description="In which order.")] = "samples",
+        page: Annotated[int, Query(ge=1, le=10_000, description="From 1.")] = 1,
         size: Annotated[int, Query(ge=1, le=500, description="Places on one page.")] = 100,
     ) -> BoardInfo:
         """The leaderboard: people or teams, best first."""
-        board = self._leaderboard.teams(window, by) if of == "teams" else self._leaderboard.people(window, by)
+        days, order = Window(window), By(by)
+        board = self._leaderboard.teams(days, order) if of == "teams" else self._leaderboard.people(days, order)
         return BoardInfo(
             window=window,
             by=by,
