@@ -137,10 +137,10 @@ def test_the_curve_grows_and_a_volunteer_comes_and_goes_before_ones_eyes(
     onlooker = Person(browser, home.url, look=look)
     page = onlooker.open("")
     page.evaluate("window.notReloaded = true")
-    points = "() => window.Bokeh?.documents[0]?.get_model_by_name('rounds')?.get_length() ?? 0"
-    page.wait_for_function(f"({points})() > 0")
-    before = page.evaluate(points)
-    page.wait_for_function(f"({points})() >= {before} + 2")
+    grown = "least => (window.Bokeh?.documents[0]?.get_model_by_name('rounds')?.get_length() ?? 0) >= least"
+    page.wait_for_function(grown, arg=1)
+    shown = page.evaluate("() => Bokeh.documents[0].get_model_by_name('rounds').get_length()")
+    page.wait_for_function(grown, arg=shown + 2)
 
     helping = page.locator("#helping tbody th")
     sync_api.expect(helping).to_have_text(["asha"])

@@ -103,7 +103,7 @@ def add_pages(site: Site) -> None:
     router.get("/charts")(pages.charts)
     router.get("/chart-data")(pages.chart_data)
     site.app.include_router(router)
-    site.app.get("/api/v1/blanks")(pages.blanks)
+    site.app.get("/api/v1/blanks", summary="What the model fills into blanks")(pages.blanks)
 
 
 class _Pages:

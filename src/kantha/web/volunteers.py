@@ -81,7 +81,7 @@ def add_pages(site: Site) -> None:
     router.get("/volunteers/{number}/certificate.svg")(pages.certificate_picture)
     router.get("/volunteers/{number}/certificate.json")(pages.certificate_file)
     site.app.include_router(router)
-    site.app.get("/api/v1/volunteers")(pages.board_as_json)
+    site.app.get("/api/v1/volunteers", summary="The leaderboard")(pages.board_as_json)
 
 
 class _Pages:
