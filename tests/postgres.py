@@ -3,21 +3,32 @@
 import glob
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
+from commands import wait_for
 from sqlalchemy import URL, create_engine, text
 
-_PATIENCE = "60"  # seconds
-_SETTINGS = "-c listen_addresses='' -c fsync=off -c full_page_writes=off -c shared_buffers=32MB -c max_connections=60"
+from kantha.swarm.processes import signal_when_parent_dies
+
+_PATIENCE = 60.0  # seconds
+_SETTINGS = {
+    "listen_addresses": "",
+    "fsync": "off",
+    "full_page_writes": "off",
+    "shared_buffers": "32MB",
+    "max_connections": "60",
+}
 
 
 def find_programs() -> Path | None:
     """The folder with PostgreSQL's programs; None where it is not installed."""
     folders = sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)  # noqa: PTH207  Debian's, not on the PATH
     found = shutil.which("initdb")
-    return Path(found).parent if found else Path(folders[0]) if folders else None
+    return Path(folders[0]) if folders else Path(found).parent if found else None
 
 
 class PostgresServer:
@@ -45,14 +56,25 @@ class PostgresServer:
         )
 
     def start(self) -> None:
-        options = f"{_SETTINGS} -c unix_socket_directories='{self.folder}'"
-        self.is_down = False
-        self._do("pg_ctl", "start", "-w", "-t", _PATIENCE, "-l", str(self.folder / "log"), "-o", options)
+        settings = [f"--{name}={value}" for name, value in _SETTINGS.items()]
+        self._process = subprocess.Popen(
+            [self._programs / "postgres", "-D", "data", f"--unix_socket_directories={self.folder}", *settings],
+            user=self._user,
+            cwd=self.folder,
+            preexec_fn=partial(signal_when_parent_dies, signal.SIGQUIT),  # tests may be killed
+            stderr=(self.folder / "log").open("ab"),
+        )
+        is_ready = [self._programs / "pg_isready", "--quiet", f"--host={self.folder}"]
+        wait_for(lambda: subprocess.run(is_ready, check=False).returncode == 0, _PATIENCE, "PostgreSQL is ready")
 
-    def stop(self, mode: str = "immediate") -> None:
-        """By default as if its machine lost power."""
-        self.is_down = True
-        self._do("pg_ctl", "stop", "-w", "-t", _PATIENCE, "-m", mode)
+    @property
+    def is_down(self) -> bool:
+        return self._process.poll() is not None
+
+    def stop(self) -> None:
+        """As if it crashed."""
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(_PATIENCE)
 
     def close(self) -> None:
         self.stop()

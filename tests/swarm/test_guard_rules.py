@@ -111,6 +111,8 @@ def test_nobody_guards_with_a_certificate_that_others_would_refuse(key: RunKey, 
 
 
 def test_a_greeting_that_fails_when_nobody_waits_for_it_any_more_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module._GuardedP2P, "__del__", lambda _: None)  # it has no daemon to end
+
     async def call_and_give_up() -> list[str]:
         told: list[str] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))

@@ -54,6 +54,7 @@ class Endpoint:
 class Model:
     name: str
     text: str
+    type: Type  # in words; of one with fields: "object"
     values: list[Value]
 
 
@@ -80,7 +81,7 @@ def read_schema(schema: dict[str, Any]) -> Api:
             key=lambda endpoint: (endpoint.method, endpoint.path),
         ),
         [
-            Model(name, _line(model), _values(model))
+            Model(name, _line(model), _type(model), _values(model))
             for name, model in sorted(schema.get("components", {}).get("schemas", {}).items())
         ],
     )
