@@ -238,8 +238,9 @@ class _Desk:
         is_first = self._site.coordinator.polls.poll(NAME_POLL) is None
         return {
             "slug": NAME_POLL if is_first else "",
-            "title": _("The model's name") if is_first else "",
-            "question": _("What shall the model that we train together be called?") if is_first else "",
+            # in English, as all texts are: pages translate it
+            "title": noop("The model's name") if is_first else "",
+            "question": noop("What shall the model that we train together be called?") if is_first else "",
             "opens": now,
             "closes": now + _POLL_DAYS * 86_400,
         }

@@ -465,6 +465,7 @@ def _make_templates() -> Jinja2Templates:
         month=speech.month,
         digits=speech.digits,
         marked=_marked,
+        translated=speech.gettext,  # of what may be one of our own texts
         linked=_linked,
     )
     # Bokeh's documents refer back to models earlier in them, so `tojson` must leave the order alone.

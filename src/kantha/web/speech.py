@@ -63,7 +63,7 @@ def _catalogue(code: str) -> NullTranslations:
 
 def gettext(message: str, **values: object) -> str:
     """The message in the page's language, with `%(name)s` filled in where values are given."""
-    text = _catalogue(language()).gettext(message)
+    text = _catalogue(language()).gettext(message) if message else ""  # to gettext, "" is the catalogue's header
     return text % values if values else text
 
 
