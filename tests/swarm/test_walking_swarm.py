@@ -20,6 +20,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         yield run
 
 
+@pytest.mark.slow
 def test_a_swarm_survives_the_death_of_a_volunteer_and_of_its_coordinator(run: Run) -> None:
     coordinator = run.serve()
     page, port = run.url, int(run.url.rsplit(":", 1)[1])

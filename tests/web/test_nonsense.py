@@ -524,6 +524,7 @@ def mixed(target: Target, machines: list[PeerIdentity], number: int) -> None:
     target.send("POST", "/desk", content=b"names=" + b"x" * 300_000, headers=form)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow(target: Target, machines: list[PeerIdentity]) -> None:
     """Each time some 350 kB come in. What may stay of one request is its count for the limits, and that for a minute:
     some hundred bytes; that nothing else does is what is asked."""

@@ -167,7 +167,8 @@ def served(_served: Served, tmp_path: Path) -> Served:
 
 
 @pytest.fixture
-def app(_app: FastAPI, hub: Accounts, served: Served) -> FastAPI:
+def app(_app: FastAPI, hub: Accounts, served: Served, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    monkeypatch.setattr("kantha.web.people.SIGN_INS", RateLimitItemPerMinute(10_000))  # all tests are one address
     return _app
 
 

@@ -207,11 +207,11 @@ def test_from_a_clean_terminal_to_a_member_and_out_again(
     # a moderator takes it back: the machine ends and says why, and so does the page
     reason = "Your notebook sends nonsense; write to us."
     member = mitu.page.locator("#people li").filter(has_text="asha")
-    member.get_by_text("Suspend, ban…").click()
+    member.get_by_text("Suspend, Ban…").click()
     member.get_by_role("textbox").fill(reason)
     picture(mitu, "desk-reason")
     member.get_by_role("button", name="Suspend").click()
-    sync_api.expect(mitu.page.locator("#people li").filter(has_text="asha")).to_contain_text("⛔ suspended by mitu")
+    sync_api.expect(mitu.page.locator("#people li").filter(has_text="asha")).to_contain_text("⛔ suspended · by mitu")
     suspended = time.monotonic()
     sync_api.expect(standing).to_contain_text(f"⛔ A moderator suspended you for now: {reason}")
     machine.process.wait(OUT_SECONDS)
@@ -236,6 +236,8 @@ def test_from_a_clean_terminal_to_a_member_and_out_again(
     assert set(hub.scopes) == {"openid profile"}
 
 
+@pytest.mark.slow
+@pytest.mark.swarm
 def test_it_works_without_javascript_on_a_phone(browser: "sync_api.Browser", run: Run) -> None:
     look = {"java_script_enabled": False, "viewport": {"width": 360, "height": 740}}
     asha = Person(browser, "asha", **look)
@@ -248,17 +250,18 @@ def test_it_works_without_javascript_on_a_phone(browser: "sync_api.Browser", run
     mitu.page.goto(f"{run.url}/desk")
     mitu.allow()
     request = mitu.page.locator("#requests li")
-    request.get_by_text("Refuse, ban…").click()
+    request.get_by_text("Refuse, Ban…").click()
     request.get_by_role("textbox").fill("Please say hello in the chat first <b>.")
     picture(mitu, "desk-open")
     request.get_by_role("textbox").press("Enter")  # never approves
     person = mitu.page.locator("#people li").filter(has_text="asha")
-    sync_api.expect(person).to_contain_text("⛔ refused by mitu")
+    sync_api.expect(person).to_contain_text("⛔ refused · by mitu")
     picture(mitu, "desk-refused")
     asha.page.goto(f"{run.url}/me")
     sync_api.expect(asha.page.get_by_role("status")).to_contain_text("Please say hello in the chat first <b>.")
     picture(asha, "me-refused")
 
+    mitu.page.get_by_text("Several at once…").click()
     mitu.page.get_by_label("Usernames").fill("@nila\ntuli\n")
     mitu.page.get_by_label("or a file").set_input_files(
         {"name": "people.csv", "mimeType": "text/csv", "buffer": b"username\nkobi\n"}
@@ -266,9 +269,9 @@ def test_it_works_without_javascript_on_a_phone(browser: "sync_api.Browser", run
     person.get_by_role("checkbox").check()
     mitu.page.get_by_label("What to do").select_option("approve")
     mitu.page.get_by_role("button", name="Do it for all of them").click()
-    sync_api.expect(mitu.page.get_by_role("status")).to_contain_text("approve: ")
+    sync_api.expect(mitu.page.get_by_role("status")).to_contain_text("Approve: ")
     for name in ("asha", "nila", "tuli", "kobi"):
-        assert "✅ approved by mitu" in mitu.page.locator("#people li").filter(has_text=name).inner_text()
+        assert "✅ approved · by mitu" in mitu.page.locator("#people li").filter(has_text=name).inner_text()
     picture(mitu, "desk-people")
     for one in (asha, mitu):
         assert one.page.evaluate("document.documentElement.scrollWidth") == 360
