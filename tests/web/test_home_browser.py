@@ -194,6 +194,11 @@ def test_an_announcement_reaches_every_page_and_every_volunteers_console(
     wait_for(lambda: "সভা আজ রাত আটটায়" in asha.output(), CONSOLE_SECONDS, f"the console says it\n{home.story()}")
     assert time.monotonic() - announced < CONSOLE_SECONDS
     onlooker.check()
+    desk.get_by_role("button", name="End it").click()
+    sync_api.expect(onlooker.page.locator("#news")).not_to_contain_text("সভা")
+    desk.get_by_label("What everybody shall know").fill("সভা আজ রাত আটটায়, সবাই আসুন: https://meet.example.org/kantha")
+    desk.get_by_role("button", name="Announce").click()
+    sync_api.expect(desk.locator(".said")).to_contain_text("Announced")
 
 
 def test_a_name_is_proposed_voted_for_and_chosen(browser: "sync_api.Browser", home: Home) -> None:
@@ -208,9 +213,15 @@ def test_a_name_is_proposed_voted_for_and_chosen(browser: "sync_api.Browser", ho
         page.locator("[name=propose]").press("Enter")
         sync_api.expect(page.locator(".entries .text").filter(has_text=name)).to_be_visible()
     assert page.locator(".entries img").count() == 0
-    asha.check("name-open")
 
     voter = mitu.open("name")
+    entry = voter.locator(".entries li").filter(has_text=HOSTILE)
+    entry.get_by_text("Hide…").click()
+    entry.get_by_role("textbox").fill("this is no name")
+    entry.get_by_role("button", name="Hide").click()
+    asha.open("name")
+    sync_api.expect(page.get_by_text("this is no name")).to_be_visible()
+    asha.check("name-open")
     voter.get_by_role("button", name="Vote for নকশী কাঁথা").click()
     sync_api.expect(voter.get_by_role("button", name="Take back your vote for নকশী কাঁথা")).to_be_visible()
     mitu.check("name-open")
