@@ -4,8 +4,8 @@ The ledger of a large run is made, with SQLite and with PostgreSQL: 1,000 volunt
 reports a round. The real application serves it, in a process of its own, while reports keep arriving: of 50 volunteers
 that are here, ten finish a round every second, as of a swarm twenty times as fast as any. The swarm alone is made up.
 
-* Every address is asked 40 times (an export 20 times), one after the other, and nobody else asks. What a browser waits for
-  is measured: until the whole answer is here; of an export, which streams the whole ledger, until its first bytes are.
+* Every address is asked 40 times, an export 20 times, one after the other, and nobody else asks. What a browser waits
+  for is measured: until the whole answer is here; of an export, which streams the whole ledger, until its first bytes are.
   p95 is that of each address; the largest is printed and counts.
 * Then 200 pages are open for half a minute, each doing what its scripts do: the numbers every 3 s, what is new in the
   charts every 2 s. CPU seconds of the coordinator's process, its collecting of reports included, over the seconds
