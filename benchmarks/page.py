@@ -5,8 +5,8 @@ reports a round. The real application serves it, in a process of its own, while 
 that are here, ten finish a round every second, as of a swarm twenty times as fast as any. The swarm alone is made up.
 
 * Every address is asked 40 times, an export 20 times, one after the other, and nobody else asks. What a browser waits
-  for is measured: until the whole answer is here; of an export, which streams the whole ledger, until its first bytes are.
-  p95 is that of each address; the largest is printed and counts.
+  for is measured: until the whole answer is here; of an export, which streams the whole ledger, until its first bytes
+  are. p95 is that of each address; the largest is printed and counts.
 * Then 200 pages are open for half a minute, each doing what its scripts do: the numbers every 3 s, what is new in the
   charts every 2 s. CPU seconds of the coordinator's process, its collecting of reports included, over the seconds
   that passed, are the cores that they cost. Where this machine is too busy for all of the 200 to ask as often, the
